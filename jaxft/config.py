@@ -1,0 +1,456 @@
+"""Config records, config files in Python, and their command-line overrides.
+
+A config file is a short Python program that binds `config = Config(...)`. It is the user's own program and is run as
+such. Every field can be overridden as `--section.field value`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import math
+import re
+import runpy
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base model and how it computes."""
+
+    name: str = ""
+    """Hub id (meta-llama/Llama-3.2-1B), local folder, or builtin:tiny."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen weights and the activations; auto keeps the checkpoint's own."""
+    adapter: str | None = None
+    """A PEFT adapter folder to start from; its rank, alpha and targets replace those of `lora`."""
+    init: Literal["weights", "random"] = "weights"
+    """random starts from run.seed and reads only config.json and the tokenizer (pretraining, with lora None)."""
+    remat: Literal["auto", "none", "dots", "qkv", "full"] = "auto"
+    """Activations kept for the backward pass: none recomputes nothing, dots keeps matmul outputs, qkv keeps the
+    attention's, full keeps only layer inputs."""
+    attention: Literal["auto", "dense"] = "auto"
+    """Attention kernel."""
+    quantize: Literal["none", "int8", "nf4", "int4"] = "none"
+    """Storage of the frozen linear weights."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapter; `lora=None` trains every weight instead."""
+
+    rank: int = 8
+    """Rank of each pair."""
+    alpha: float = 16.0
+    """The pair's product is scaled by alpha / rank."""
+    dropout: float = 0.1
+    """Probability of zeroing an element of the adapter's input, in training only."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Which biases of the base model are trained too."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """all-linear (every linear layer but the head), module names, or one regular expression over module paths."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    dora: bool = False
+    """Train a magnitude vector per output beside the pair."""
+    train_modules: tuple[str, ...] = ()
+    """Modules trained in full beside the adapter."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows, how they become tokens, and how they are split."""
+
+    name: str | None = None
+    """Hub dataset, or generated:word_problems and generated:corpus. Ignored where files are given."""
+    files: tuple[str, ...] = ()
+    """Local JSONL, JSON, CSV or Parquet files."""
+    subset: str | None = None
+    """Configuration of a Hub dataset (gsm8k has main and socratic); where None, its only one."""
+    split: str = "train"
+    """Split of `name` to train on."""
+    validation_split: str | None = None
+    """Split of `name` to validate on, instead of validation_fraction."""
+    validation_files: tuple[str, ...] = ()
+    """Files to validate on, instead of validation_fraction."""
+    test_split: str | None = None
+    """Split of `name` for eval.tasks; where None (and no test_files), the validation rows serve."""
+    test_files: tuple[str, ...] = ()
+    """Files for eval.tasks."""
+    format: Literal["auto", "gsm8k", "alpaca", "messages", "sharegpt", "prompt_completion", "text"] = "auto"
+    """Form of a row; auto decides by its fields and says so."""
+    template: str = "auto"
+    """plain, chat (the tokenizer's chat template), or auto (chat where the tokenizer has one)."""
+    max_length: int = 1024
+    """Tokens per sequence; also the packed length."""
+    packing: bool = True
+    """Put several rows into one sequence, each attending only to itself."""
+    shuffle: bool = True
+    """A new order each epoch, from run.seed."""
+    validation_fraction: float = 0.1
+    """Share of the rows held out; exact duplicates stay on one side."""
+    limit: int | None = None
+    """Use only the first rows."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """skip leaves out rows that cannot be read, counts them, and stops above 1 %."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 2e-4
+    """Peak."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """After warm-up: constant, or down to zero at the last step."""
+    warmup: float = 0.0
+    """Steps, or a fraction of all steps where below 1."""
+    weight_decay: float = 0.0
+    """Decoupled; matrices only."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    clip: float | None = 1.0
+    """Largest global norm of the gradient; None is off."""
+    epochs: float = 3.0
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """Stop after this many steps, whatever epochs says."""
+    batch_size: int = 8
+    """Sequences per step, over all chips and micro-batches."""
+    accumulation_steps: int = 1
+    """Micro-batches that a step is split into."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; -1 takes what the others leave."""
+
+    data: int = 1
+    """Copies of the model, each with its own rows."""
+    fsdp: int = -1
+    """Devices that share one copy's weights and split its rows."""
+    tensor: int = 1
+    """Devices that split each layer's heads and FFN."""
+    slices: int = 1
+    """TPU slices joined over the data-centre network."""
+    coordinator: str | None = None
+    """host:port of process 0, where the environment does not tell."""
+    num_processes: int | None = None
+    """Processes in the run, where the environment does not tell."""
+    process_id: int | None = None
+    """This process, where the environment does not tell."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measurements during and after training."""
+
+    every_steps: int = 50
+    """Steps between evaluations of loss and token accuracy; there is one at step 0 and one at the end."""
+    patience: int | None = 5
+    """Stop after this many evaluations without a better loss; None is off."""
+    min_delta: float = 0.0
+    """What the loss must fall by to count as better."""
+    tasks: tuple[str, ...] = ()
+    """Measured by generation on base and best adapter: final_answer."""
+    limit: int | None = None
+    """Rows per task."""
+    max_new_tokens: int = 256
+    """Longest answer that a task generates."""
+    samples: int = 3
+    """Held-out rows whose generated answers are shown at each evaluation."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives."""
+
+    dir: str | None = None
+    """Run folder; runs/<config file's name> where None. The same command in the same folder resumes."""
+    seed: int = 0
+    """Of initialisation, dropout, data order and split."""
+    log_every: int = 10
+    """Steps between log lines."""
+    keep: int = 2
+    """Newest checkpoints kept, beside the best."""
+    usd_per_chip_hour: float | None = None
+    """Price, for the report's cost."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One fine-tuning run."""
+
+    model: Model = field(default_factory=Model)
+    lora: Lora | None = field(default_factory=Lora)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    mesh: Mesh = field(default_factory=Mesh)
+    eval: Eval = field(default_factory=Eval)
+    run: Run = field(default_factory=Run)
+
+
+SECTIONS = {"model": Model, "lora": Lora, "data": Data, "optim": Optim, "mesh": Mesh, "eval": Eval, "run": Run}
+
+# Names that users of the Hugging Face stack type first, and where the same thing lives here.
+HUGGING_FACE_NAMES = {
+    "model_name_or_path": "model.name", "lora_r": "lora.rank", "r": "lora.rank", "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout", "target_modules": "lora.targets", "lora_target_modules": "lora.targets",
+    "use_rslora": "lora.rslora", "use_dora": "lora.dora", "modules_to_save": "lora.train_modules",
+    "dataset_name": "data.name", "train_file": "data.files", "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length", "cutoff_len": "data.max_length", "lr": "optim.learning_rate",
+    "learning_rate": "optim.learning_rate", "lr_scheduler_type": "optim.schedule", "warmup_ratio": "optim.warmup",
+    "warmup_steps": "optim.warmup", "max_grad_norm": "optim.clip", "num_train_epochs": "optim.epochs",
+    "num_epochs": "optim.epochs", "per_device_train_batch_size": "optim.batch_size",
+    "train_batch_size": "optim.batch_size", "gradient_accumulation_steps": "optim.accumulation_steps",
+    "eval_steps": "eval.every_steps", "early_stopping_patience": "eval.patience", "output_dir": "run.dir",
+    "logging_steps": "run.log_every", "save_total_limit": "run.keep", "torch_dtype": "model.dtype",
+    "bf16": "model.dtype", "gradient_checkpointing": "model.remat",
+}  # fmt: skip
+
+
+def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Runs the config file at `path` (or of that name in `configs/`) and applies `overrides` as typed on a command line.
+
+    Raises UserError for a missing file, a file that fails or binds no `config`, unknown keys (with the nearest known
+    name) and values of the wrong type or range.
+    """
+    file = find(path)
+    config = apply(_run_file(file), overrides, source=str(path))
+    if config.run.dir is None:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{file.stem}"))
+    validate(config)
+    return config
+
+
+def find(path: str | Path) -> Path:
+    """The config file: `path` itself, or a file of that name in the `configs/` folder here or beside the package."""
+    package = Path(__file__).resolve().parent
+    name = Path(path)
+    names = [name] if name.suffix == ".py" else [name, name.with_name(name.name + ".py")]
+    folders = [Path(), Path("configs"), package.parent / "configs", package / "configs"]
+    for candidate in (folder / n for folder in folders for n in names):
+        if candidate.is_file():
+            return candidate
+    known = sorted({p.name for folder in folders[1:] for p in folder.glob("*.py")})
+    raise UserError(f"--config {path}: no such file here or in configs/; configs/ has {', '.join(known) or 'none'}")
+
+
+def _run_file(file: Path) -> Config:
+    try:
+        bound = runpy.run_path(str(file))
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{file}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        raise UserError(f"{file}:{_line_in(file, error)}: {_explain(error)}") from error
+    config = bound.get("config")
+    if not isinstance(config, Config):
+        raise UserError(f"{file}: must bind `config = Config(...)`, found {type(config).__name__}")
+    return config
+
+
+def _line_in(file: Path, error: BaseException) -> int:
+    lines, frame = [0], error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == str(file):
+            lines.append(frame.tb_lineno)
+        frame = frame.tb_next
+    return lines[-1]
+
+
+def _explain(error: Exception) -> str:
+    wrong = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if wrong and (wrong[1] == "Config" or wrong[1].lower() in SECTIONS):
+        record = Config if wrong[1] == "Config" else SECTIONS[wrong[1].lower()]
+        section = "" if record is Config else f"{wrong[1].lower()}."
+        return f"unknown key {section}{wrong[2]}{_did_you_mean(section + wrong[2])}"
+    return f"{type(error).__name__}: {error}"
+
+
+def apply(config: Config, overrides: typing.Sequence[str], source: str = "the config") -> Config:
+    """`config` with command-line `overrides` (`["--optim.learning_rate", "1e-3"]`); `--lora none` trains every weight."""
+    arguments = _normalise(overrides)
+    if "--lora" in arguments:
+        at = arguments.index("--lora")
+        if arguments[at + 1 : at + 2] != ["None"]:
+            raise UserError("--lora takes only `none` (train every weight); set its fields as --lora.rank 8")
+        config = dataclasses.replace(config, lora=None)
+        del arguments[at : at + 2]
+    if config.lora is None and any(a.startswith("--lora.") for a in arguments):
+        config = dataclasses.replace(config, lora=Lora())
+    if not arguments:
+        return config
+    return parse(Config, arguments, default=config, description=f"Values in brackets are those of {source}.")
+
+
+def parse(record: type, arguments: list[str], default: Any = None, prog: str | None = None, description: str = "") -> Any:
+    """`record` filled from `arguments` by tyro; its complaints become one UserError. `--help` prints and leaves."""
+    import tyro
+
+    complaints = io.StringIO()
+    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    extra = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaints):
+            return tyro.cli(record, args=arguments, config=options, prog=prog, description=description, **extra)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    text = re.sub(r"[^\S ]+|[╭╮╰╯│─]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", complaints.getvalue()))
+    text = re.sub(r"^\s*(Parsing error|Unrecognized options|Required options)\s*|For full helptext.*$", "", " ".join(text.split()))
+    raise UserError(text.strip() or f"cannot read the command line {' '.join(arguments)}")
+
+
+def _normalise(overrides: typing.Sequence[str]) -> list[str]:
+    """Known keys with underscores; `none`, `true` and `false` in Python's spelling where the field takes them."""
+    known = {f"{s}.{f.name}": t for s, r in SECTIONS.items() for f, t in zip(dataclasses.fields(r), _hints(r).values())}
+    arguments, key = [], None
+    for token in overrides:
+        if token in ("-h", "--help"):
+            arguments.append("--help")
+        elif token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            key = name.replace("-", "_")
+            if key not in known and key != "lora":
+                raise UserError(f"unknown key --{name}{_did_you_mean(key)}")
+            arguments += ["--" + key] + ([_spelling(value, known.get(key))] if equals else [])
+        elif key is None:
+            raise UserError(f"unexpected argument {token!r}; overrides look like --section.field value")
+        else:
+            arguments.append(_spelling(token, known.get(key)))
+    return arguments
+
+
+def _spelling(value: str, hint: Any) -> str:
+    accepted = typing.get_args(hint) or (hint,)
+    if value.lower() == "none" and (hint is None or type(None) in accepted):
+        return "None"
+    if value.lower() in ("true", "false") and bool in accepted:
+        return value.capitalize()
+    return value
+
+
+def _did_you_mean(key: str) -> str:
+    known = [f"{section}.{f.name}" for section, record in SECTIONS.items() for f in dataclasses.fields(record)]
+    leaf = key.rpartition(".")[2]
+    if leaf in HUGGING_FACE_NAMES:
+        return f"; did you mean {HUGGING_FACE_NAMES[leaf]}?"
+    leaves = {k.partition(".")[2]: k for k in known}
+    near = difflib.get_close_matches(key, known, 1, 0.6) or [
+        leaves[n] for n in difflib.get_close_matches(leaf, leaves, 1, 0.6)
+    ]
+    return f"; did you mean {near[0]}?" if near else f"; sections are {', '.join(SECTIONS)} (--help lists all keys)"
+
+
+def _hints(record: type) -> dict[str, Any]:
+    return typing.get_type_hints(record)
+
+
+def validate(config: Config) -> None:
+    """Raises UserError naming the first key whose value has the wrong type or range."""
+    for section, record in SECTIONS.items():
+        values = getattr(config, section)
+        if values is None and section == "lora":
+            continue
+        if not isinstance(values, record):
+            raise UserError(f"{section}: expected {record.__name__}(...), found {values!r}")
+        for name, hint in _hints(record).items():
+            value = getattr(values, name)
+            if not _fits(value, hint):
+                raise UserError(f"{section}.{name}: expected {_say(hint)}, found {value!r}")
+    for key, low, high in _RANGES:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name, None)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{key}: {value!r} is outside {low:g} to {high:g}")
+    _validate_together(config)
+
+
+_RANGES = (
+    ("lora.rank", 1, 65536), ("lora.alpha", 1e-9, 1e9), ("lora.dropout", 0, 0.999), ("data.max_length", 2, 1 << 24),
+    ("data.validation_fraction", 0, 0.9), ("data.limit", 1, math.inf), ("optim.learning_rate", 0, 1e3),
+    ("optim.warmup", 0, math.inf), ("optim.weight_decay", 0, 1e3), ("optim.beta1", 0, 0.999999),
+    ("optim.beta2", 0, 0.9999999), ("optim.epsilon", 0, 1), ("optim.clip", 1e-12, math.inf), ("optim.epochs", 1e-9, 1e9),
+    ("optim.max_steps", 1, math.inf), ("optim.batch_size", 1, math.inf), ("optim.accumulation_steps", 1, math.inf),
+    ("eval.every_steps", 1, math.inf), ("eval.patience", 1, math.inf), ("eval.min_delta", 0, math.inf),
+    ("eval.limit", 1, math.inf), ("eval.max_new_tokens", 1, math.inf), ("eval.samples", 0, math.inf),
+    ("run.log_every", 1, math.inf), ("run.keep", 1, math.inf), ("run.usd_per_chip_hour", 0, math.inf),
+    ("run.seed", 0, 2**32 - 1),
+)  # fmt: skip
+
+
+def _validate_together(config: Config) -> None:
+    optim, model, lora = config.optim, config.model, config.lora
+    if not model.name:
+        raise UserError("model.name: empty; give a Hub id, a local folder, or builtin:tiny")
+    if not (config.data.name or config.data.files):
+        raise UserError("data.name and data.files: both empty; give a dataset's name or files")
+    if optim.batch_size % optim.accumulation_steps:
+        raise UserError(
+            f"optim.accumulation_steps: {optim.accumulation_steps} does not divide optim.batch_size "
+            f"{optim.batch_size}; batch_size counts the sequences of all micro-batches"
+        )
+    if model.quantize != "none":
+        raise UserError(f"model.quantize: {model.quantize} is not supported yet; use none")
+    if lora and lora.dora:
+        raise UserError("lora.dora: not supported yet; use False")
+    if lora and lora.train_modules:
+        raise UserError("lora.train_modules: not supported yet; use lora None to train every weight")
+    if lora is None and model.adapter:
+        raise UserError("model.adapter: an adapter cannot be continued with lora None; give a lora section")
+    if config.mesh.slices != 1:
+        raise UserError(f"mesh.slices: {config.mesh.slices} is not supported yet; use 1")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, (tuple, list)) and all(_fits(v, arguments[0]) for v in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _say(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_say, arguments))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        return f"a tuple of {_say(arguments[0])}"
+    return {type(None): "None", float: "a finite number"}.get(hint) or hint.__name__
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain JSON-ready data, as written to a run folder's config.json."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def fingerprint(*parts: Any) -> str:
+    """Sixteen hex digits that change when any JSON-ready part does."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
