@@ -410,6 +410,8 @@ def _validate_together(config: Config) -> None:
         )
     if model.quantize != "none":
         raise UserError(f"model.quantize: {model.quantize} is not supported yet; use none")
+    if lora and lora.bias != "none":
+        raise UserError(f"lora.bias: {lora.bias} is not supported yet; use none")
     if lora and lora.dora:
         raise UserError("lora.dora: not supported yet; use False")
     if lora and lora.train_modules:

@@ -1,0 +1,105 @@
+"""The training and evaluation steps: pure functions over pytrees, compiled once for a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxft.learn.loss import Tally, tally
+from jaxft.models import decoder
+from jaxft.parallel.sharding import constrain, replicated
+from jaxft.weights.model import Loaded
+
+Batch = dict[str, jax.Array]  # tokens, targets, positions, segments int32 and weights float32, each [B,S]
+
+
+class TrainState(NamedTuple):
+    """What a step changes and a checkpoint holds."""
+
+    step: jax.Array  # int32 scalar: updates done
+    trainable: dict[str, jax.Array]
+    optimizer: Any
+
+
+def initial_state(loaded: Loaded, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Step 0, with every leaf placed on `mesh`: moments as their parameters, counters on every device."""
+    placed = state_sharding(loaded, optimizer, mesh)
+    moments = jax.jit(optimizer.init, out_shardings=placed.optimizer)(loaded.trainable)
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), placed.step), loaded.trainable, moments)
+
+
+def state_sharding(loaded: Loaded, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A TrainState of NamedShardings."""
+    parameters = {row.path: row.sharding(mesh) for row in loaded.rows if row.trainable}
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, loaded.trainable),
+        parameters,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    return TrainState(replicated(mesh), parameters, moments)
+
+
+def make_train_step(
+    loaded: Loaded, optimizer: optax.GradientTransformation, mesh: Mesh, *, accumulation_steps: int = 1
+) -> Callable[[TrainState, dict[str, jax.Array], Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """`(state, frozen, batch, key) -> (state, metrics)`; the state is donated.
+
+    The gradient is Σ over micro-batches of ∂Σnll, divided once by the supervised tokens of the whole batch. Metrics are
+    float32 scalars: nll, correct and weight (sums), and grad_norm (before clipping). Dropout draws from (key, step).
+    """
+
+    def nll(trainable: Any, frozen: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, Tally]:
+        model = decoder.join(loaded.graphdef, trainable, frozen)
+        h, _ = model.hidden(micro["tokens"], micro["positions"], micro["segments"], key=key)
+        sums = tally(model, h, micro["targets"], micro["weights"])
+        return sums.nll, sums
+
+    gradient = jax.grad(nll, has_aux=True)
+
+    def step(state: TrainState, frozen: Any, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(key, state.step)
+        grads, sums = _accumulate(gradient, state.trainable, frozen, batch, key, accumulation_steps, mesh)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1.0), grads)
+        updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
+        metrics = {**sums._asdict(), "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), moments), metrics
+
+    placed = state_sharding(loaded, optimizer, mesh)
+    return jax.jit(step, out_shardings=(placed, replicated(mesh)), donate_argnums=0)
+
+
+def _accumulate(
+    gradient: Any, trainable: Any, frozen: Any, batch: Batch, key: jax.Array, parts: int, mesh: Mesh
+) -> tuple[Any, Tally]:
+    if parts == 1:
+        return gradient(trainable, frozen, batch, jax.random.fold_in(key, 0))
+
+    def cut(x: jax.Array) -> jax.Array:
+        return constrain(x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), (None, "batch", None), mesh)
+
+    def one(total: Any, part: Any) -> tuple[Any, None]:
+        micro, index = part
+        new = gradient(trainable, frozen, micro, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, new), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = jax.tree.map(jnp.zeros_like, trainable), Tally(zero, zero, zero)
+    return jax.lax.scan(one, start, (jax.tree.map(cut, batch), jnp.arange(parts, dtype=jnp.int32)))[0]
+
+
+def make_eval_step(loaded: Loaded, mesh: Mesh) -> Callable[[Any, Any, Batch], Tally]:
+    """`(trainable, frozen, batch) -> Tally`, without dropout."""
+
+    def step(trainable: Any, frozen: Any, batch: Batch) -> Tally:
+        model = decoder.join(loaded.graphdef, trainable, frozen)
+        h, _ = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+        return tally(model, h, batch["targets"], batch["weights"])
+
+    return jax.jit(step, out_shardings=replicated(mesh))

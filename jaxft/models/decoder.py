@@ -1,0 +1,276 @@
+"""The only model: a decoder-only transformer built from an Arch, scanned over stacked layers, with a KV cache.
+
+B batch, S query, T key, D model, N heads, K kv heads, H head dim, F ffn, V vocab, R rank, L stacked layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from jaxft.models import ops
+from jaxft.models.arch import LINEARS, Arch, LayerSpec, stages
+from jaxft.models.attention import attention
+from jaxft.models.lora import Adaptation, Linear, Trainable, base
+from jaxft.parallel.sharding import constrain
+
+LINEAR_AXES = {
+    "q_proj": ("embed", "heads"), "k_proj": ("embed", "kv_heads"), "v_proj": ("embed", "kv_heads"),
+    "o_proj": ("heads", "embed"), "gate_proj": ("embed", "ffn"), "up_proj": ("embed", "ffn"), "down_proj": ("ffn", "embed"),
+}  # fmt: skip
+LINEAR_BIAS = {
+    "q_proj": "qkv_bias", "k_proj": "qkv_bias", "v_proj": "qkv_bias", "o_proj": "out_bias",
+    "gate_proj": "mlp_bias", "up_proj": "mlp_bias", "down_proj": "mlp_bias",
+}  # fmt: skip
+HIDDEN_AXES = ("batch", None, None)
+
+
+class Context(NamedTuple):
+    """What every layer needs of the tokens: int32 positions and segments of queries `[B,S]` and keys `[B,T]`."""
+
+    positions: jax.Array
+    segments: jax.Array
+    kv_positions: jax.Array
+    kv_segments: jax.Array
+    start: jax.Array | None  # first cache slot to write, int32 scalar; None without a cache
+
+
+class Cache(NamedTuple):
+    """Keys and values already computed; slots need not be in order of position. Segment 0 marks an empty slot."""
+
+    layers: Any  # per stage: per layer of the period: (keys, values), each [L,B,T,K,H]
+    positions: jax.Array
+    segments: jax.Array
+    used: jax.Array
+
+
+class Norm(nnx.Module):
+    """RMSNorm of L stacked layers, `weight` `[L,D]` (or `[D]` for the final one)."""
+
+    def __init__(self, paths: tuple[str, ...], shape: tuple[int, ...], plan: Adaptation, eps: float, dtype: Any):
+        self.weight = base(plan, paths, shape, ("layers", "norm")[-len(shape) :], dtype)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ops.rms_norm(x, self.weight[...], self.eps)
+
+
+class Block(nnx.Module):
+    """One layer of the scan's period: attention and gated FFN, each after a norm and around a residual."""
+
+    def __init__(self, arch: Arch, layers: tuple[int, ...], plan: Adaptation, dtype: Any):
+        spec = arch.layers[layers[0]]
+        self.spec, self.rope = spec, arch.rope
+        for name in ("input_norm", "mlp_norm"):
+            paths = tuple(f"{arch.names.layer.format(i)}.{getattr(arch.names, name)}" for i in layers)
+            setattr(self, name, Norm(paths, (len(layers), arch.dim), plan, arch.norm_eps, dtype))
+        for name in LINEARS:
+            paths = tuple(arch.module_path(i, name) for i in layers)
+            shape, bias = arch.linear_shapes(layers[0])[paths[0]], getattr(spec, LINEAR_BIAS[name])
+            setattr(self, name, Linear(paths, shape, LINEAR_AXES[name], plan, bias=bias, dtype=dtype))
+
+    def __call__(
+        self, h: jax.Array, context: Context, cache: Any, key: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        """h `[B,S,D]` -> h, and the cache `(keys, values)`, each `[B,T,K,H]`, with this call's written in."""
+        x = self.input_norm(h)
+        mixed, cache = self._attend(x, _dropped(x, key, 0, self.q_proj, self.k_proj, self.v_proj), context, cache)
+        h = h + self.o_proj(mixed, _dropped(mixed, key, 1, self.o_proj))
+        x = self.mlp_norm(h)
+        dropped = _dropped(x, key, 2, self.gate_proj, self.up_proj)
+        inner = ops.gated(self.gate_proj(x, dropped), self.up_proj(x, dropped))
+        return h + self.down_proj(inner, _dropped(inner, key, 3, self.down_proj)), cache
+
+    def _attend(
+        self, x: jax.Array, dropped: jax.Array | None, context: Context, cache: Any
+    ) -> tuple[jax.Array, Any]:
+        spec, (B, S, _) = self.spec, x.shape
+        q = self.q_proj(x, dropped).reshape(B, S, spec.heads, spec.head_dim)
+        k = self.k_proj(x, dropped).reshape(B, S, spec.kv_heads, spec.head_dim)
+        v = self.v_proj(x, dropped).reshape(B, S, spec.kv_heads, spec.head_dim)
+        frequencies = ops.rope_frequencies(self.rope, spec.head_dim)
+        q, k = (ops.rotate(t, context.positions, frequencies) for t in (q, k))
+        q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
+        if cache is not None:
+            at = (0, context.start, 0, 0)
+            k, v = (jax.lax.dynamic_update_slice(old, new, at) for old, new in zip(cache, (k, v)))
+            cache = (k, v)
+        mixed = attention(
+            q, k, v,
+            q_positions=context.positions, kv_positions=context.kv_positions,
+            q_segments=context.segments, kv_segments=context.kv_segments,
+            scale=spec.head_dim**-0.5,
+        )  # fmt: skip
+        return checkpoint_name(mixed, "attention").reshape(B, S, spec.heads * spec.head_dim), cache
+
+
+def _dropped(x: jax.Array, key: jax.Array | None, site: int, *readers: Linear) -> jax.Array | None:
+    """x after the adapters' dropout, one mask for all its readers; None outside training or without an adapter."""
+    rate = max((r.adapter.dropout for r in readers if r.adapter is not None), default=0.0)
+    if key is None or rate == 0:
+        return None
+    return ops.dropout(x, rate, jax.random.fold_in(key, site))
+
+
+class Stage(nnx.Module):
+    """`repeats` times a period of blocks, run as one scan over their stacked variables."""
+
+    def __init__(self, arch: Arch, first: int, period: int, repeats: int, plan: Adaptation, dtype: Any):
+        self.first, self.period, self.repeats = first, period, repeats
+        layers = [tuple(range(first + p, first + period * repeats, period)) for p in range(period)]
+        self.blocks = nnx.List([Block(arch, indices, plan, dtype) for indices in layers])
+
+    def __call__(
+        self, h: jax.Array, context: Context, cache: Any, key: jax.Array | None, remat: str, mesh: Mesh | None
+    ) -> tuple[jax.Array, Any]:
+        graphdef, stacked = nnx.split(self.blocks)
+        indices = self.first + jnp.arange(self.repeats * self.period, dtype=jnp.int32).reshape(self.repeats, self.period)
+
+        def body(h: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+            state, index, kv = layer
+            written = []
+            for p, block in enumerate(nnx.merge(graphdef, state)):
+                layer_key = None if key is None else jax.random.fold_in(key, index[p])
+                h, new = block(h, context, None if kv is None else kv[p], layer_key)
+                h = constrain(h, HIDDEN_AXES, mesh)
+                written.append(new)
+            return h, (None if kv is None else tuple(written))
+
+        return jax.lax.scan(_remat(body, remat), h, (stacked, indices, cache))
+
+
+def _remat(body: Any, policy: str) -> Any:
+    policies = jax.checkpoint_policies
+    if policy == "none":
+        return body
+    kept = {
+        "dots": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention")
+        ),
+        "qkv": policies.save_only_these_names("qkv", "attention"),
+        "full": policies.nothing_saveable,
+    }[policy]
+    # Inside a scan nothing can be merged across the boundary, so the barrier that prevents it would only cost.
+    return jax.checkpoint(body, policy=kept, prevent_cse=False)
+
+
+class Decoder(nnx.Module):
+    """The whole model. Construct it under `nnx.eval_shape`; `weights.load` fills it."""
+
+    def __init__(
+        self,
+        arch: Arch,
+        plan: Adaptation | None = None,
+        dtype: Any = jnp.float32,
+        *,
+        remat: str = "none",
+        mesh: Mesh | None = None,
+    ):
+        plan = plan or Adaptation()
+        self.arch, self.remat, self.mesh, self.dtype = arch, remat, mesh, jnp.dtype(dtype)
+        names = arch.names
+        shape = (arch.vocab_size, arch.dim)
+        self.embed = base(plan, (names.embed,), shape, ("vocab", "embed"), dtype)
+        cuts = stages([self._record(i, plan) for i in range(len(arch.layers))])
+        self.stages = nnx.List([Stage(arch, *cut, plan, dtype) for cut in cuts])
+        self.norm = Norm((names.norm,), (arch.dim,), plan, arch.norm_eps, dtype)
+        self.head = None if arch.tied_head else base(plan, (names.head,), shape, ("vocab", "embed"), dtype)
+
+    def _record(self, layer: int, plan: Adaptation) -> tuple[LayerSpec, tuple[Any, ...]]:
+        """What must be equal for two layers to be stacked: shapes, and adapters module by module."""
+        paths = [self.arch.module_path(layer, name) for name in LINEARS]
+        return self.arch.layers[layer], tuple(plan.adapters.get(path) for path in paths)
+
+    def __call__(self, tokens: Any, positions: Any = None, segment_ids: Any = None) -> jax.Array:
+        """Float32 logits `[B,S,V]` of int tokens `[B,S]`; positions count from 0 and segments are all 1 where None."""
+        tokens = jnp.asarray(tokens, jnp.int32)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        h, _ = self.hidden(tokens, jnp.asarray(positions, jnp.int32), jnp.asarray(segment_ids, jnp.int32))
+        return self.logits(h)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        *,
+        cache: Cache | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """The normed last layer `[B,S,D]` and the cache with these tokens added.
+
+        `key` turns adapter dropout on. With a cache, `cache.used + S` must not exceed its T slots.
+        """
+        h = self.embed[...].astype(self.dtype)[tokens]
+        h = constrain(h, HIDDEN_AXES, self.mesh)
+        if cache is None:
+            context, layers = Context(positions, segments, positions, segments, None), [None] * len(self.stages)
+        else:
+            cache, context = _extend(cache, positions, segments)
+            layers = cache.layers
+        written = []
+        for stage, kv in zip(self.stages, layers):
+            h, new = stage(h, context, kv, key, self.remat, self.mesh)
+            written.append(new)
+        return self.norm(h), (None if cache is None else cache._replace(layers=tuple(written)))
+
+    @property
+    def head_VD(self) -> jax.Array:
+        """The output matrix `[V,D]`, which is the embedding where the head is tied."""
+        return (self.embed if self.head is None else self.head)[...]
+
+    def logits(self, h: jax.Array) -> jax.Array:
+        """h `[...,D]` -> float32 `[...,V]`."""
+        return jnp.einsum("...D,VD->...V", h, self.head_VD.astype(h.dtype), preferred_element_type=jnp.float32)
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """A cache of `slots` tokens per row."""
+        layers = []
+        for stage in self.stages:
+            specs = [block.spec for block in stage.blocks]
+            shapes = [(stage.repeats, batch, slots, s.kv_heads, s.head_dim) for s in specs]
+            layers.append(tuple((jnp.zeros(s, self.dtype), jnp.zeros(s, self.dtype)) for s in shapes))
+        empty = jnp.zeros((batch, slots), jnp.int32)
+        return Cache(tuple(layers), empty, empty, jnp.zeros((), jnp.int32))
+
+
+def _extend(cache: Cache, positions: jax.Array, segments: jax.Array) -> tuple[Cache, Context]:
+    at = (jnp.zeros((), jnp.int32), cache.used)
+    kv_positions = jax.lax.dynamic_update_slice(cache.positions, positions, at)
+    kv_segments = jax.lax.dynamic_update_slice(cache.segments, segments, at)
+    context = Context(positions, segments, kv_positions, kv_segments, cache.used)
+    used = cache.used + positions.shape[1]
+    return cache._replace(positions=kv_positions, segments=kv_segments, used=used), context
+
+
+def abstract(arch: Arch, plan: Adaptation | None = None, dtype: Any = jnp.float32, **options: Any) -> Decoder:
+    """A Decoder whose variables are shapes only."""
+    return nnx.eval_shape(lambda: Decoder(arch, plan, dtype, **options))
+
+
+def split(model: Decoder) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """`(graphdef, trainable, frozen)`: the variables as flat dicts from dotted path to array, by variable type."""
+    graphdef, trainable, frozen = nnx.split(model, Trainable, ...)
+    return graphdef, _flat(trainable), _flat(frozen)
+
+
+def join(graphdef: Any, trainable: dict[str, Any], frozen: dict[str, Any]) -> Decoder:
+    """The inverse of `split`."""
+    pairs = [(_path(name), value) for part in (trainable, frozen) for name, value in part.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(pairs))
+
+
+def _flat(state: Any) -> dict[str, Any]:
+    return {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(state)}
+
+
+def _path(name: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))

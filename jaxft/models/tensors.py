@@ -1,0 +1,105 @@
+"""The table of tensors: every variable of an abstract decoder with its shape, axes and Hub names.
+
+Loading, adapters, checkpoints, merging and sharding all read this table, so none of them knows the model's structure.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jaxft.models.decoder import Decoder
+from jaxft.models.lora import LoraParam, Trainable
+from jaxft.parallel import sharding
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One variable. `names` are the Hub's tensors it holds, stacked on the leading axis where that is `layers`."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[str | None, ...]
+    names: tuple[str, ...]
+    transposed: bool
+    trainable: bool
+    adapter: bool
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the leading axis runs over `names`."""
+        return self.axes[0] == "layers"
+
+    @property
+    def hub_shape(self) -> tuple[int, ...]:
+        """Shape of each named tensor in the file."""
+        shape = self.shape[1:] if self.stacked else self.shape
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def sharding(self, mesh: Mesh) -> NamedSharding:
+        """How it lies on `mesh`; UserError where an axis does not split evenly."""
+        return sharding.sharding(mesh, self.axes, self.shape, self.names[0])
+
+
+def table(model: Decoder) -> list[Tensor]:
+    """One row per variable, in a fixed order."""
+    return [_row(path, variable) for path, variable in nnx.to_flat_state(nnx.state(model))]
+
+
+def _row(path: tuple[Any, ...], variable: nnx.Variable) -> Tensor:
+    value, about = variable.get_value(), variable.get_metadata()
+    return Tensor(
+        path=".".join(map(str, path)),
+        shape=tuple(value.shape),
+        dtype=jnp.dtype(value.dtype),
+        axes=about["axes"],
+        names=about["names"],
+        transposed=about["transposed"],
+        trainable=isinstance(variable, Trainable),
+        adapter=isinstance(variable, LoraParam),
+    )
+
+
+def count_parameters(rows: Iterable[Tensor]) -> tuple[int, int]:
+    """`(trainable, all)`, as PEFT counts them: adapters are part of all."""
+    rows = list(rows)
+    return sum(r.size for r in rows if r.trainable), sum(r.size for r in rows)
+
+
+def initial_adapter(row: Tensor, seed: int) -> jax.Array:
+    """A fresh pair's A or B, float32: A uniform in ±1/sqrt(in) as PEFT's, seeded by module so that stacking and order
+    change nothing; B zero, so that a fresh adapter changes nothing."""
+    if row.names[0].endswith("lora_B.weight"):
+        return jnp.zeros(row.shape, row.dtype)
+    bound = 1 / math.sqrt(row.hub_shape[-1])
+    draws = [jax.random.uniform(key, row.shape[1:], row.dtype, -bound, bound) for key in _keys(row, seed)]
+    return jnp.stack(draws)
+
+
+def initial_weight(row: Tensor, seed: int, std: float) -> jax.Array:
+    """A random start of a base tensor: matrices normal with `std`, norms one, biases zero."""
+    per_layer = row.shape[1:] if row.stacked else row.shape
+    if len(per_layer) == 1:
+        fill = jnp.zeros if row.names[0].endswith("bias") else jnp.ones
+        return fill(row.shape, row.dtype)
+    draws = [(std * jax.random.normal(key, per_layer, jnp.float32)).astype(row.dtype) for key in _keys(row, seed)]
+    return jnp.stack(draws) if row.stacked else draws[0]
+
+
+def _keys(row: Tensor, seed: int) -> list[jax.Array]:
+    root = jax.random.key(seed)
+    return [jax.random.fold_in(root, zlib.crc32(name.encode())) for name in row.names]

@@ -1,0 +1,104 @@
+"""Checkpoint files to sharded arrays: each device reads only its slice, and every tensor is accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxft.errors import UserError
+from jaxft.models.arch import Arch
+from jaxft.models.families import arch_from_config
+from jaxft.models.tensors import Tensor, initial_adapter, initial_weight
+from jaxft.weights.hub import read_json
+from jaxft.weights.shards import Slice
+
+
+def read_arch(folder: Path) -> Arch:
+    """The architecture that the folder's config.json describes."""
+    file = folder / "config.json"
+    config = read_json(file, "every model")
+    if config.get("quantization_config") is not None:
+        raise UserError(f"{file}: quantization_config: quantised checkpoints are not supported; use the original one")
+    return arch_from_config(config, str(file))
+
+
+def stored_dtype(files: Mapping[str, Slice], arch: Arch) -> Any:
+    """The dtype of the checkpoint's embedding, which `dtype="auto"` keeps; float16 becomes bfloat16's wider float32."""
+    embedding = files.get(f"{arch.names.embed}.weight")
+    stored = embedding.dtype if embedding is not None else np.dtype(np.float32)
+    return stored if stored == jnp.bfloat16 else np.dtype(np.float32)
+
+
+def load_base(files: Mapping[str, Slice], rows: Iterable[Tensor], arch: Arch, mesh: Mesh, source: str) -> dict[str, jax.Array]:
+    """Path -> array for the base tensors of the table, each laid out on `mesh` and cast to its row's dtype.
+
+    Raises one UserError that lists all missing, unexpected and misshapen tensors.
+    """
+    rows = [row for row in rows if not row.adapter]
+    check(files, rows, arch, source)
+    return {row.path: read_tensor(files, row, mesh) for row in rows}
+
+
+def check(files: Mapping[str, Slice], rows: Iterable[Tensor], arch: Arch, source: str) -> None:
+    """Raises one UserError listing every tensor that is missing, unexpected, or of another shape than the model's."""
+    wanted = {name: row.hub_shape for row in rows for name in row.names}
+    # Tied checkpoints may repeat the embedding as the head, and old ones store the rotary frequencies.
+    spare = {f"{arch.names.head}.weight"} if arch.tied_head else set()
+    faults = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in files]
+    faults += [
+        f"unexpected {name} {found.shape}"
+        for name, found in files.items()
+        if name not in wanted and name not in spare and not name.endswith("rotary_emb.inv_freq")
+    ]
+    faults += [
+        f"{name}: file {files[name].shape}, model {shape}"
+        for name, shape in wanted.items()
+        if name in files and files[name].shape != shape
+    ]
+    if faults:
+        raise UserError(f"{source}: {len(faults)} tensors do not fit config.json: {'; '.join(faults)}")
+
+
+def read_tensor(files: Mapping[str, Slice], row: Tensor, mesh: Mesh) -> jax.Array:
+    """The row's variable on `mesh`, stacked from its named tensors; each device reads only its own slice of each."""
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        names = row.names[index[0]] if row.stacked else row.names
+        inner = index[1:] if row.stacked else index
+        pieces = [_oriented(files[name], inner, row.transposed) for name in names]
+        if not row.stacked:
+            return np.asarray(pieces[0], row.dtype)
+        out = np.empty((len(pieces), *pieces[0].shape), row.dtype)
+        for i, piece in enumerate(pieces):
+            out[i] = piece  # casts tensor by tensor, so that no more than one is held twice
+        return out
+
+    return jax.make_array_from_callback(row.shape, row.sharding(mesh), part)
+
+
+def _oriented(tensor: Slice, index: tuple[slice, ...], transposed: bool) -> np.ndarray:
+    return tensor[index[::-1]].T if transposed else tensor[index]
+
+
+def random_base(rows: Iterable[Tensor], arch: Arch, mesh: Mesh, seed: int) -> dict[str, jax.Array]:
+    """Path -> array: a seeded random start of every base tensor."""
+    return {
+        row.path: jax.device_put(initial_weight(row, seed, arch.init_std), row.sharding(mesh))
+        for row in rows
+        if not row.adapter
+    }
+
+
+def fresh_adapter(rows: Iterable[Tensor], mesh: Mesh, seed: int) -> dict[str, jax.Array]:
+    """Path -> array: new pairs, which change nothing yet."""
+    return {
+        row.path: jax.device_put(initial_adapter(row, seed), row.sharding(mesh)) for row in rows if row.adapter
+    }
+
+

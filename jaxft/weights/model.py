@@ -1,0 +1,93 @@
+"""A named model as a whole: folder, architecture, tokenizer folder, adapter and arrays, put together once for all verbs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxft import config
+from jaxft.models import decoder, lora, tensors
+from jaxft.models.arch import Arch
+from jaxft.parallel.mesh import make_mesh
+from jaxft.weights import load, peft, shards
+from jaxft.weights.hub import local_folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, with everything that can be wrong already checked and no weight read."""
+
+    folder: Path
+    arch: Arch
+    files: dict[str, shards.Slice] | None  # None: a random start
+    adapter: peft.AdapterFiles | None
+    dtype: Any
+    plan: lora.Adaptation
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on its mesh: what `decoder.join(graphdef, trainable, frozen)` needs, and the table of its tensors."""
+
+    graphdef: Any
+    trainable: dict[str, jax.Array]
+    frozen: dict[str, jax.Array]
+    rows: list[tensors.Tensor]
+
+    def decoder(self) -> decoder.Decoder:
+        """The model as a callable module."""
+        return decoder.join(self.graphdef, self.trainable, self.frozen)
+
+
+def find(model: config.Model, adaptation: config.Lora | None | str = "base") -> Source:
+    """Resolves names and reads headers. `adaptation` is the Lora section, None for every weight, or "base" for neither.
+
+    An adapter folder in `model.adapter` brings its own rank, alpha and targets. Raises UserError.
+    """
+    folder = local_folder(model.name, model.revision)
+    arch = load.read_arch(folder)
+    files = shards.open_folder(folder) if model.init == "weights" else None
+    adapter = peft.open_adapter(Path(model.adapter), arch) if model.adapter else None
+    if adapter is not None:
+        dropout = adaptation.dropout if isinstance(adaptation, config.Lora) else 0.0
+        plan = adapter.plan(dropout)
+    elif adaptation == "base":
+        plan = lora.Adaptation()
+    else:
+        plan = lora.adaptation(adaptation, arch)
+    dtype = jnp.dtype(model.dtype) if model.dtype != "auto" else load.stored_dtype(files or {}, arch)
+    return Source(folder, arch, files, adapter, dtype, plan)
+
+
+def materialise(source: Source, mesh: Mesh, seed: int = 0, remat: str = "none") -> Loaded:
+    """Reads (or draws) every array onto `mesh`."""
+    model = decoder.abstract(source.arch, source.plan, source.dtype, remat=remat, mesh=mesh)
+    graphdef, trainable, _ = decoder.split(model)
+    rows = tensors.table(model)
+    if source.files is None:
+        arrays = load.random_base(rows, source.arch, mesh, seed)
+    else:
+        arrays = load.load_base(source.files, rows, source.arch, mesh, str(source.folder))
+    if source.adapter is None:
+        arrays |= load.fresh_adapter(rows, mesh, seed)
+    else:
+        arrays |= source.adapter.read(rows, mesh)
+    return Loaded(
+        graphdef,
+        {path: arrays[path] for path in arrays if path in trainable},
+        {path: arrays[path] for path in arrays if path not in trainable},
+        rows,
+    )
+
+
+def load_decoder(name: str, dtype: str = "float32", adapter: str | None = None, mesh: Mesh | None = None) -> tuple[Any, Path]:
+    """A callable decoder, and the folder of its tokenizer (the adapter's, where it brings one)."""
+    source = find(replace(config.Model(), name=str(name), dtype=dtype, adapter=None if adapter is None else str(adapter)))
+    loaded = materialise(source, mesh or make_mesh(devices=jax.devices()[:1]))
+    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    return loaded.decoder(), Path(adapter) if own else source.folder
