@@ -1,3 +1,34 @@
-"""jaxft: JAX/TPU-first LoRA fine-tuning of Hugging Face checkpoints."""
+"""jaxft: JAX/TPU-first LoRA fine-tuning of Hugging Face checkpoints.
+
+>>> model, tokenizer = jaxft.load("meta-llama/Llama-3.2-1B", dtype="bfloat16")
+>>> jaxft.generate(model, tokenizer, ["Once upon a time"], max_new_tokens=20)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 __version__ = "0.1.0"
+
+
+def load(name: str, dtype: str = "float32", adapter: str | None = None) -> tuple[Any, Any]:
+    """`(model, tokenizer)` of a Hub id, local folder or builtin:tiny, with a PEFT adapter folder on top where given.
+
+    `model(tokens, positions=None, segment_ids=None)` gives float32 logits `[B,S,V]`. `dtype` is that of weights and
+    activations: float32, bfloat16, or auto for the checkpoint's own. Raises `jaxft.errors.UserError`.
+    """
+    from jaxft.data.chat import load_tokenizer
+    from jaxft.weights.model import load_decoder
+
+    model, tokenizer_folder = load_decoder(name, dtype, adapter)
+    return model, load_tokenizer(tokenizer_folder)
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+) -> list[str]:
+    """What `model` adds to each prompt, up to its end-of-text token; greedy at temperature 0, else sampled from `seed`."""
+    from jaxft.evals.decode import complete
+
+    return complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)

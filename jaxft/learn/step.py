@@ -67,7 +67,8 @@ def make_train_step(
         key = jax.random.fold_in(key, state.step)
         grads, sums = _accumulate(gradient, state.trainable, frozen, batch, key, accumulation_steps, mesh)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1.0), grads)
-        updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to its int32 count
+            updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
         metrics = {**sums._asdict(), "grad_norm": optax.global_norm(grads)}
         return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), moments), metrics
 

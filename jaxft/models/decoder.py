@@ -5,6 +5,7 @@ B batch, S query, T key, D model, N heads, K kv heads, H head dim, F ffn, V voca
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -193,8 +194,8 @@ class Decoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
-        h, _ = self.hidden(tokens, jnp.asarray(positions, jnp.int32), jnp.asarray(segment_ids, jnp.int32))
-        return self.logits(h)
+        positions, segments = jnp.asarray(positions, jnp.int32), jnp.asarray(segment_ids, jnp.int32)
+        return _logits(*split(self), tokens, positions, segments)
 
     def hidden(
         self,
@@ -274,3 +275,10 @@ def _flat(state: Any) -> dict[str, Any]:
 
 def _path(name: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graphdef: Any, trainable: Any, frozen: Any, tokens: Any, positions: Any, segments: Any) -> jax.Array:
+    """Compiled once per shape, where calling the module layer by layer would compile its scan at every call."""
+    model = join(graphdef, trainable, frozen)
+    return model.logits(model.hidden(tokens, positions, segments)[0])

@@ -28,21 +28,23 @@ def read_arch(folder: Path) -> Arch:
     return arch_from_config(config, str(file))
 
 
-def stored_dtype(files: Mapping[str, Slice], arch: Arch) -> Any:
-    """The dtype of the checkpoint's embedding, which `dtype="auto"` keeps; float16 becomes bfloat16's wider float32."""
-    embedding = files.get(f"{arch.names.embed}.weight")
-    stored = embedding.dtype if embedding is not None else np.dtype(np.float32)
-    return stored if stored == jnp.bfloat16 else np.dtype(np.float32)
+def stored_dtype(folder: Path, files: Mapping[str, Slice] | None, arch: Arch) -> Any:
+    """What `dtype="auto"` keeps: that of the checkpoint's embedding or, without weights, the one that config.json names.
 
-
-def load_base(files: Mapping[str, Slice], rows: Iterable[Tensor], arch: Arch, mesh: Mesh, source: str) -> dict[str, jax.Array]:
-    """Path -> array for the base tensors of the table, each laid out on `mesh` and cast to its row's dtype.
-
-    Raises one UserError that lists all missing, unexpected and misshapen tensors.
+    float16 becomes float32: its range is too small to train in, and bfloat16 would lose its precision.
     """
-    rows = [row for row in rows if not row.adapter]
-    check(files, rows, arch, source)
-    return {row.path: read_tensor(files, row, mesh) for row in rows}
+    embedding = (files or {}).get(f"{arch.names.embed}.weight")
+    if embedding is not None:
+        stored = embedding.dtype
+    else:
+        config = read_json(folder / "config.json", "every model")
+        stored = config.get("dtype") or config.get("torch_dtype")
+    return jnp.dtype(jnp.bfloat16 if stored == jnp.bfloat16 else jnp.float32)
+
+
+def load_base(files: Mapping[str, Slice], rows: Iterable[Tensor], mesh: Mesh) -> dict[str, jax.Array]:
+    """Path -> array for the base tensors of a table that `check` has passed, on `mesh`, cast to their rows' dtypes."""
+    return {row.path: read_tensor(files, row, mesh) for row in rows if not row.adapter}
 
 
 def check(files: Mapping[str, Slice], rows: Iterable[Tensor], arch: Arch, source: str) -> None:

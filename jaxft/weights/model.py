@@ -26,7 +26,8 @@ class Source:
     arch: Arch
     files: dict[str, shards.Slice] | None  # None: a random start
     adapter: peft.AdapterFiles | None
-    dtype: Any
+    dtype: Any  # of frozen weights and activations here
+    stored: Any  # of the checkpoint's files
     plan: lora.Adaptation
 
 
@@ -60,8 +61,12 @@ def find(model: config.Model, adaptation: config.Lora | None | str = "base") -> 
         plan = lora.Adaptation()
     else:
         plan = lora.adaptation(adaptation, arch)
-    dtype = jnp.dtype(model.dtype) if model.dtype != "auto" else load.stored_dtype(files or {}, arch)
-    return Source(folder, arch, files, adapter, dtype, plan)
+    stored = load.stored_dtype(folder, files, arch)
+    dtype = jnp.dtype(model.dtype) if model.dtype != "auto" else stored
+    if files is not None:
+        rows = tensors.table(decoder.abstract(arch, plan, dtype))
+        load.check(files, [row for row in rows if not row.adapter], arch, str(folder))
+    return Source(folder, arch, files, adapter, dtype, stored, plan)
 
 
 def materialise(source: Source, mesh: Mesh, seed: int = 0, remat: str = "none") -> Loaded:
@@ -72,7 +77,7 @@ def materialise(source: Source, mesh: Mesh, seed: int = 0, remat: str = "none") 
     if source.files is None:
         arrays = load.random_base(rows, source.arch, mesh, seed)
     else:
-        arrays = load.load_base(source.files, rows, source.arch, mesh, str(source.folder))
+        arrays = load.load_base(source.files, rows, mesh)
     if source.adapter is None:
         arrays |= load.fresh_adapter(rows, mesh, seed)
     else:

@@ -20,7 +20,7 @@ def arch_from_config(config: Mapping[str, Any], source: str = "config.json") -> 
     Raises UserError for a family without a reader and for any field whose value is missing or not understood.
     """
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"{source}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
     try:
         return FAMILIES[family](config)

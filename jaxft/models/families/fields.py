@@ -56,12 +56,14 @@ class Fields:
 
     def rope(self, default_theta: float) -> Rope:
         """Both dialects: `rope_theta` + `rope_scaling` (Hub files), or `rope_parameters` (transformers 5)."""
-        scaling = dict(self.take("rope_scaling", dict, {}))
-        parameters = dict(self.take("rope_parameters", dict, {})) or scaling
-        theta = parameters.pop("rope_theta", None) or self.take("rope_theta", float, default_theta)
+        parameters = dict(self.take("rope_parameters", dict, {}))
+        # As transformers where both are there: the older dialect first, and a theta inside the record before one beside it.
+        parameters = dict(self.take("rope_scaling", dict, {})) or parameters
+        parameters.setdefault("rope_theta", self.take("rope_theta", float, default_theta))
+        theta = _positive(parameters, "rope_theta")
         kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
         parameters.pop("type", None)
-        rope = _scaled(float(theta), kind, parameters)
+        rope = _scaled(theta, kind, parameters)
         if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
             raise UserError("partial_rotary_factor other than 1 is not supported")
         if parameters:
@@ -76,12 +78,16 @@ class Fields:
                 raise UserError(f"{name}: {str(value)[:80]!r} is a field that this family's reader does not understand")
 
 
+def _positive(parameters: dict[str, Any], name: str) -> float:
+    value = parameters.pop(name, None)
+    if not isinstance(value, (int, float)) or value <= 0:
+        raise UserError(f"rope_parameters: {name} must be a positive number, found {value!r}")
+    return float(value)
+
+
 def _scaled(theta: float, kind: str, parameters: dict[str, Any]) -> Rope:
     def number(name: str) -> float:
-        value = parameters.pop(name, None)
-        if not isinstance(value, (int, float)) or value <= 0:
-            raise UserError(f"rope {kind}: {name} must be a positive number, found {value!r}")
-        return float(value)
+        return _positive(parameters, name)
 
     if kind == "default":
         return Rope(theta)

@@ -1,0 +1,287 @@
+"""Rows -> tokens with a mask over what is trained: templates, exactly one BOS, and the boundary of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxft.data.rows import Row, Turn
+from jaxft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Llama 3.2's template inserts today's date where it is given none; the text of a row must not depend on the day.
+DATE = "26 Jul 2024"
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as tokens: `tokens` int32 `[n]`, `loss_mask` bool `[n]`, True where the token is a target."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    origin: str
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the rows: `cut` ones are among the `kept`; `longest` is in tokens, before any cut."""
+
+    kept: int
+    cut: int
+    dropped: int
+    longest: int
+    tokens: int
+    trained_tokens: int
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a local folder; never the network, never code from the folder. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    if not Path(folder).is_dir():
+        raise UserError(f"tokenizer {folder}: no such folder (looked in {Path(folder).resolve().parent})")
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((Path(folder) / name).is_file() for name in names):
+        raise UserError(f"tokenizer {folder}: no {' or '.join(names)} in it; copy the model's tokenizer there")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # A broken file surfaces as any of a dozen types; the chain keeps it for --debug.
+        what = " ".join(str(error).split())
+        raise UserError(f"tokenizer {folder}: cannot be loaded ({type(error).__name__}: {what:.300})") from error
+
+
+def choose_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """plain or chat for the value of data.template. Raises UserError where the tokenizer cannot serve it."""
+    if template not in ("auto", "plain", "chat"):
+        raise UserError(f"data.template: unknown template {template!r}; use auto, plain or chat")
+    if template == "chat" and not tokenizer.chat_template:
+        raise UserError("data.template: chat, but the tokenizer has no chat template; set data.template plain")
+    chosen = ("chat" if tokenizer.chat_template else "plain") if template == "auto" else template
+    if chosen == "plain":
+        _eos(tokenizer)
+    return chosen
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.eos_token:
+        raise UserError(
+            "tokenizer: it has no EOS, so a model trained with data.template plain would never stop; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer.eos_token
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row as text, and the spans `[start, end)` of characters that are trained."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def render(row: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> Rendered:
+    """The row's text under `template` (plain or chat) with its trained spans, end of turn included."""
+    if row.turns[-1].role == "text":
+        text = _ended(row.turns[-1].content, _eos(tokenizer))
+        return Rendered(text, ((0, len(text)),))
+    if template == "chat":
+        return _render_chat(row, tokenizer)
+    if row.prompt is not None:
+        text = row.prompt + _ended(row.turns[-1].content, _eos(tokenizer))
+        return Rendered(text, ((len(row.prompt), len(text)),))
+    return _render_plain(row.turns, _eos(tokenizer))
+
+
+def _ended(answer: str, eos: str) -> str:
+    """Text with exactly one EOS at its end: rows rendered beforehand bring their own."""
+    return answer if answer.endswith(eos) else answer + eos
+
+
+def _render_plain(turns: Sequence[Turn], eos: str) -> Rendered:
+    """`Question: …\\nAnswer: …` for each exchange.
+
+    The space before an answer is the answer's: at the end of a prompt it would be a token of its own, where training
+    saw it joined to the first word.
+    """
+    text, spans = "", []
+    for turn in turns:
+        if turn.role == "assistant":
+            text += "\nAnswer:" if text else "Answer:"
+            start = len(text)
+            text += _ended(f" {turn.content}", eos)
+            spans.append((start, len(text)))
+        else:
+            text += ("\n\n" if text else "") + ("Question: " if turn.role == "user" else "") + turn.content
+    return Rendered(text, tuple(spans))
+
+
+def _render_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """The tokenizer's template with its spans found by prefixes, which works for any template.
+
+    An answer is what comes between the conversation before it, rendered with the generation prompt, and the
+    conversation with it.
+    """
+    whole = _chat(row.turns, tokenizer, row.origin, False)
+    spans = []
+    for i, turn in enumerate(row.turns):
+        if turn.role != "assistant":
+            continue
+        before = _chat(row.turns[:i], tokenizer, row.origin, True)
+        after = whole if i == len(row.turns) - 1 else _chat(row.turns[: i + 1], tokenizer, row.origin, False)
+        if not (whole.startswith(after) and after.startswith(before)):
+            raise UserError(
+                f"{row.origin}: the chat template cannot be masked: what it renders before answer {len(spans) + 1} "
+                "is no prefix of the whole conversation; set data.template plain"
+            )
+        if turn.content.strip() not in after[len(before) :]:
+            raise UserError(f"{row.origin}: the chat template drops answer {len(spans) + 1}; set data.template plain")
+        spans.append((len(before), len(after)))
+    return Rendered(whole, tuple(spans))
+
+
+def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, origin: str, generate: bool) -> str:
+    import jinja2
+
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate, date_string=DATE)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        roles = ", ".join(turn.role for turn in turns)
+        raise UserError(
+            f"{origin}: the chat template refuses turns {roles} ({error}); mend the row, or set data.template plain"
+        ) from error
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts BOS before ordinary text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of texts that carry their own special tokens."""
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _bos(text_tokens: list[int], tokenizer: PreTrainedTokenizerBase, wanted: bool) -> list[int]:
+    """The BOS to put in front: none where the text, rendered by a template, begins with it already."""
+    return [tokenizer.bos_token_id] if wanted and text_tokens[:1] != [tokenizer.bos_token_id] else []
+
+
+def prompt_tokens(source: Row | Sequence[Turn], tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """What a model is given to answer: a row before its last answer, or turns that end with the user's.
+
+    Begins with BOS exactly once and ends with the generation prompt. A text row gives BOS alone, because all of it is
+    trained; text given as turns is the prompt itself.
+    """
+    text = _prompt(source, tokenizer, template)
+    tokens = _tokenize([text], tokenizer)[0] if text else []
+    return _bos(tokens, tokenizer, adds_bos(tokenizer)) + tokens
+
+
+def _prompt(source: Row | Sequence[Turn], tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    turns, row = (source.turns, source) if isinstance(source, Row) else (tuple(source), None)
+    if turns[-1].role == "text":
+        return "" if row else turns[-1].content
+    turns = turns[:-1] if turns[-1].role == "assistant" else turns
+    if template == "chat":
+        return _chat(turns, tokenizer, row.origin if row else "prompt", True)
+    if row and row.prompt is not None:
+        return row.prompt
+    text = _render_plain(turns, _eos(tokenizer)).text
+    return text + ("\nAnswer:" if text else "Answer:")
+
+
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> Example:
+    """One row as tokens; see `encode_all` for many."""
+    return next(_encode([row], tokenizer, template))
+
+
+def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: str) -> Iterator[Example]:
+    """Examples in the rows' order, tokenised in chunks: one call a row would cost five times as much."""
+    wanted = adds_bos(tokenizer)
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        rendered = [render(row, tokenizer, template) for row in chunk]
+        texts = list(dict.fromkeys(text for r in rendered for text in _pieces(r)))
+        tokens = dict(zip(texts, _tokenize(texts, tokenizer), strict=True)) if texts else {}
+        for row, r in zip(chunk, rendered, strict=True):
+            yield _example(r, tokens, _bos(tokens[r.text], tokenizer, wanted), row.origin)
+
+
+def _pieces(rendered: Rendered) -> Iterator[str]:
+    """The texts whose tokens place the mask: the whole, and the whole up to each boundary."""
+    yield rendered.text
+    for boundary in {b for span in rendered.spans for b in span} - {0, len(rendered.text)}:
+        yield rendered.text[:boundary]
+
+
+def _example(rendered: Rendered, tokens: dict[str, list[int]], bos: list[int], origin: str) -> Example:
+    whole = tokens[rendered.text]
+    mask = np.zeros(len(bos) + len(whole), bool)
+    for start, end in rendered.spans:
+        first = _common(whole, tokens[rendered.text[:start]]) if start else 0
+        last = len(whole)
+        if end < len(rendered.text):
+            through = tokens[rendered.text[:end]]
+            last = _common(whole, through)
+            last += last < len(through)  # A token that holds the answer's end and more is trained, as at its start.
+        mask[len(bos) + first : len(bos) + last] = True
+    mask[0] = False  # Nothing comes before the first token that could predict it.
+    return Example(np.array(bos + whole, np.int32), mask, origin)
+
+
+def _common(whole: list[int], part: list[int]) -> int:
+    """Length of the common prefix."""
+    if whole[: len(part)] == part:
+        return len(part)
+    return next(i for i, token in enumerate(part) if i >= len(whole) or whole[i] != token)
+
+
+def encode_all(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_length: int,
+    vocab_size: int | None = None,
+) -> tuple[list[Example], Counts]:
+    """Rows as examples of at most `max_length` tokens, and what became of them.
+
+    A longer row is cut at its end where a target remains, else dropped. Raises UserError where none is left, and for a
+    token id that a model of `vocab_size` does not have.
+    """
+    if not rows:
+        raise UserError("data: no rows to encode")
+    kept, lengths, cut = [], [], 0
+    for example in _encode(rows, tokenizer, template):
+        _check_ids(example, tokenizer, vocab_size)
+        lengths.append(len(example.tokens))
+        mask = example.loss_mask[:max_length]
+        if mask.any():
+            cut += lengths[-1] > max_length
+            kept.append(Example(example.tokens[:max_length], mask, example.origin))
+    if not kept:
+        raise UserError(
+            f"data.max_length: {max_length} tokens leave no room for the answer of any of {len(rows)} rows; "
+            f"the shortest row has {min(lengths)} tokens; raise data.max_length"
+        )
+    tokens = sum(len(example.tokens) for example in kept)
+    trained = sum(int(example.loss_mask.sum()) for example in kept)
+    return kept, Counts(len(kept), cut, len(rows) - len(kept), max(lengths), tokens, trained)
+
+
+def _check_ids(example: Example, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
+    worst = int(example.tokens.max(initial=0))
+    if vocab_size is not None and worst >= vocab_size:
+        text = tokenizer.convert_ids_to_tokens(worst)
+        raise UserError(
+            f"{example.origin}: token id {worst} ({text!r}) is beyond the model's vocabulary of {vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )

@@ -1,0 +1,73 @@
+"""Tasks measured by generation, in the training template: rows in, answers and scores out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxft.data import chat
+from jaxft.data.rows import Row
+from jaxft.errors import UserError
+from jaxft.evals import answers
+from jaxft.evals.decode import Generator, continuation, eos_ids
+from jaxft.models.decoder import Decoder
+
+SHOWN = 3  # problems kept in the results, for the report
+
+
+class Answerer:
+    """Answers rows as training asked them, with any trainable parameters; compiled programs are kept between calls."""
+
+    def __init__(self, model: Decoder, tokenizer: Any, template: str, max_new_tokens: int):
+        self.tokenizer, self.template = tokenizer, template
+        self.generator = Generator(model, eos_ids(tokenizer))
+        # Half of the positions at most, so that a prompt has room whatever the setting.
+        self.new = min(max_new_tokens, model.arch.max_positions // 2)
+        self.room = model.arch.max_positions - self.new
+
+    def __call__(self, rows: Sequence[Row], trainable: dict[str, jax.Array], limit: int | None = None) -> list[str]:
+        """The greedy answer to each row, of at most `limit` tokens. A prompt too long for the model loses its head, not BOS."""
+        prompts = [self._fitted(chat.prompt_tokens(row, self.tokenizer, self.template)) for row in rows]
+        new = self.generator(prompts, max_new_tokens=min(self.new, limit or self.new), trainable=trainable)
+        return [continuation(self.tokenizer, prompt, tokens) for prompt, tokens in zip(prompts, new)]
+
+    def _fitted(self, prompt: list[int]) -> list[int]:
+        return prompt if len(prompt) <= self.room else prompt[:1] + prompt[len(prompt) - self.room + 1 :]
+
+
+def question(row: Row) -> str:
+    """What the row asks, for showing."""
+    return next((turn.content for turn in reversed(row.turns) if turn.role == "user"), "") or (row.prompt or "")
+
+
+def final_answer(rows: Sequence[Row], answerer: Answerer, trainable: dict[str, jax.Array]) -> dict[str, Any]:
+    """GSM8K's form: the number after `####`, compared with the reference's as text."""
+    references = [row.turns[-1].content for row in rows]
+    scored = answers.score([question(row) for row in rows], references, answerer(rows, trainable))
+    return answers.summary(scored, SHOWN)
+
+
+def check_final_answer(rows: Sequence[Row]) -> None:
+    """Raises UserError where references have no final answer."""
+    without = [row for row in rows if answers.final_answer(row.turns[-1].content) is None]
+    if not rows:
+        raise UserError("eval.tasks: final_answer has no rows; set data.test_split, data.test_files or validation_fraction")
+    if without:
+        raise UserError(
+            f"eval.tasks: final_answer needs `#### NUMBER` in every reference; {len(without)} of {len(rows)} have none, "
+            f"first {without[0].origin}; set eval.tasks to nothing for such data"
+        )
+
+
+Task = Callable[[Sequence[Row], Answerer, dict[str, jax.Array]], dict[str, Any]]
+TASKS: dict[str, tuple[Task, Callable[[Sequence[Row]], None]]] = {"final_answer": (final_answer, check_final_answer)}
+
+
+def check(tasks: Sequence[str], rows: Sequence[Row]) -> None:
+    """Raises UserError for an unknown task and for rows that a task cannot be measured on."""
+    for task in tasks:
+        if task not in TASKS:
+            raise UserError(f"eval.tasks: unknown task {task!r}; tasks are {', '.join(TASKS)}")
+        TASKS[task][1](rows)

@@ -1,0 +1,92 @@
+"""`python -m jaxft.generate --model NAME [--adapter FOLDER] --prompt TEXT`: what a model, with or without an adapter, says."""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jaxft
+from jaxft import config
+from jaxft.errors import UserError, run_verb
+
+
+@dataclass(frozen=True)
+class Options:
+    """Continue prompts with a base model, or with a base model and an adapter."""
+
+    prompt: tuple[str, ...]
+    """One or more texts; - reads one from standard input."""
+    model: str | None = None
+    """Hub id, local folder, or builtin:tiny; where None, the base that the adapter names."""
+    adapter: str | None = None
+    """A PEFT adapter folder."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+    """Of sampling."""
+    template: Literal["none", "plain", "chat"] = "none"
+    """none continues the text as it stands; plain and chat ask it as training with that template does."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    """Of weights and activations."""
+
+
+def main(argv: list[str]) -> None:
+    """Prints one answer per prompt on stdout."""
+    options = config.parse(Options, argv, prog="python -m jaxft.generate", description=Options.__doc__ or "")
+    prompts = [sys.stdin.read() if p == "-" else p for p in options.prompt]
+    if options.max_new_tokens < 1 or options.temperature < 0:
+        raise UserError("--max-new-tokens must be at least 1, and --temperature at least 0")
+    model, tokenizer = jaxft.load(_base(options), options.dtype, options.adapter)
+    if options.template != "none":
+        answers = _ask(model, tokenizer, prompts, options)
+    else:
+        from jaxft.evals.decode import complete
+
+        settings = {"temperature": options.temperature, "seed": options.seed}
+        answers = complete(model, tokenizer, prompts, max_new_tokens=options.max_new_tokens, **settings)
+    for answer in answers:
+        print(answer)
+
+
+def _base(options: Options) -> str:
+    if options.model:
+        return options.model
+    if options.adapter is None:
+        raise UserError("--model: missing; give a Hub id, a local folder or builtin:tiny")
+    from jaxft.weights.hub import read_json
+
+    named = read_json(Path(options.adapter) / "adapter_config.json", "a PEFT adapter").get("base_model_name_or_path")
+    if not named:
+        raise UserError(f"--model: missing, and {options.adapter} names no base model")
+    return named
+
+
+def _ask(model: Any, tokenizer: Any, prompts: list[str], options: Options) -> list[str]:
+    from jaxft.data.chat import choose_template, prompt_tokens
+    from jaxft.data.rows import Turn
+    from jaxft.evals.decode import Generator, continuation, eos_ids
+
+    template = choose_template(options.template, tokenizer)
+    tokens = [prompt_tokens((Turn("user", prompt),), tokenizer, template) for prompt in prompts]
+    generator = Generator(model, eos_ids(tokenizer))
+    new = generator(
+        tokens, max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
+    )
+    return [continuation(tokenizer, before, after).strip() for before, after in zip(tokens, new)]
+
+
+class _Verb(types.ModuleType):
+    """Keeps `jaxft.generate(...)` callable after `import jaxft.generate` has put this module where the function was."""
+
+    __call__ = staticmethod(jaxft.generate)
+
+
+sys.modules[__name__].__class__ = _Verb
+
+if __name__ == "__main__":
+    run_verb(main)

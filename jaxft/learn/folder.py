@@ -1,0 +1,91 @@
+"""The run folder: its configuration, its results so far, and whether the same command may resume in it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxft import config
+from jaxft.errors import UserError
+
+# What may differ between two starts of one run: it changes neither the numbers trained on nor the order.
+FREE = ("run.dir", "run.log_every", "run.keep", "run.usd_per_chip_hour", "eval.tasks", "eval.limit", "eval.samples")
+FREE_SECTIONS = ("mesh",)
+
+
+class RunFolder:
+    """One run's files. Nothing is written before `start`."""
+
+    def __init__(self, settings: config.Config):
+        self.path = Path(settings.run.dir or "runs/run")
+        self.settings = config.to_dict(settings)
+        self.results = _read(self.path / "results.json")
+        before = _read(self.path / "config.json")
+        if before:
+            _same_run(self.path, before, self.settings)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"run.dir: {self.path} exists and holds no run; give a new or empty folder")
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run has ended here; its results are then complete."""
+        return self.results.get("state") == "finished"
+
+    def start(self, facts: dict[str, Any]) -> None:
+        """Creates the folder and writes config.json and the first results.json; UserError where another data set was used."""
+        known = self.results.get("data", {}).get("fingerprint")
+        if known and known != facts["data"]["fingerprint"]:
+            raise UserError(
+                f"run.dir: {self.path} holds a run on other rows, tokenizer or lengths (data {known[:12]} → "
+                f"{facts['data']['fingerprint'][:12]}); give a new --run.dir"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write(self.path / "config.json", self.settings)
+            self.update(facts | {"tasks": self.results.get("tasks", {}), "state": "running"})
+        except OSError as error:
+            raise UserError(f"run.dir: {self.path} cannot be written: {error.strerror or error}") from error
+
+    def update(self, facts: dict[str, Any]) -> None:
+        """Adds to results.json; a kill leaves the old one or the new one."""
+        self.results = {**self.results, **facts}
+        _write(self.path / "results.json", self.results)
+
+
+def _same_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    old, new = _flat(before), _flat(now)
+    changed = [
+        f"{key} {old.get(key)!r} → {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if key not in FREE and key.partition(".")[0] not in FREE_SECTIONS and old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise UserError(f"run.dir: {path} holds a run with other settings: {'; '.join(changed)}; give a new --run.dir")
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for section, values in settings.items():
+        if isinstance(values, dict):
+            flat |= {f"{section}.{name}": value for name, value in values.items()}
+        else:
+            flat[section] = values
+    return flat
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); give a new --run.dir") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _write(file: Path, value: dict[str, Any]) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, file)

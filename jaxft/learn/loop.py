@@ -1,0 +1,187 @@
+"""The training loop: steps, logging, evaluation, early stopping and saving."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from jaxft.config import Config
+from jaxft.data.loader import Batch, Loader
+from jaxft.errors import UserError
+from jaxft.learn.loss import Tally
+from jaxft.learn.metrics import Metrics, Progress
+from jaxft.learn.step import TrainState
+from jaxft.parallel.sharding import place
+from jaxft.weights.checkpoint import Checkpoints
+
+# (trainable parameters) -> text to show; `train` hands one in that generates answers to held-out rows.
+Sampler = Callable[[dict[str, jax.Array]], str]
+
+
+@dataclass
+class Stand:
+    """Where a run stands beside its arrays: what a checkpoint keeps of it, JSON-ready."""
+
+    best_loss: float | None = None
+    best_step: int | None = None
+    bad_evaluations: int = 0
+    tokens: int = 0  # real tokens trained on
+    seconds: float = 0.0  # spent in training steps, over all starts, compiling apart
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # nll, correct, weight since the last log line
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a loop runs on; `validation` is None where nothing is held out."""
+
+    mesh: Mesh
+    schedule: optax.Schedule
+    train: Loader
+    validation: Loader | None
+    train_step: Callable[..., Any]
+    eval_step: Callable[..., Tally]
+    frozen: dict[str, jax.Array]
+    checkpoints: Checkpoints
+    metrics: Metrics
+    sampler: Sampler | None = None
+
+
+class Loop:
+    """One run's loop from `state` to the last step, or until patience runs out."""
+
+    def __init__(self, config: Config, parts: Parts, steps: int, state: TrainState, stand: Stand | None):
+        self.config, self.parts, self.steps = config, parts, steps
+        self.state, self.step = state, int(state.step)
+        self.stand, self._resumed = stand or Stand(), stand is not None
+        self.progress = Progress(steps, self.step)
+        self._key = jax.random.key(config.run.seed)
+        self._pending: list[dict[str, jax.Array]] = []
+        self._tokens, self._since = 0, time.monotonic()
+
+    def run(self) -> str:
+        """Trains; returns why it ended. State, step and stand are then those of the last step."""
+        with self.progress:
+            if not self._resumed:
+                self._evaluate_and_save()
+            if self._ended() is None:
+                self._compile()
+            while (reason := self._ended()) is None:
+                self._train_once()
+                if self.step % self.config.run.log_every == 0 or self.step == self.steps:
+                    self._log()
+                if self.step % self.config.eval.every_steps == 0 or self.step == self.steps:
+                    self._evaluate_and_save()
+        self.parts.checkpoints.wait()
+        return reason
+
+    def _ended(self) -> str | None:
+        patience, stand = self.config.eval.patience, self.stand
+        if patience is not None and stand.bad_evaluations >= patience:
+            return f"early stop at step {self.step}: no lower eval_loss in {patience} evaluations since step {stand.best_step}"
+        return f"all {self.steps} steps done" if self.step >= self.steps else None
+
+    def _compile(self) -> None:
+        began = time.monotonic()
+        arguments = self.state, self.parts.frozen, self._placed(self.parts.train.batch_at(self.step)), self._key
+        self._train_step = self.parts.train_step.lower(*arguments).compile()
+        self.progress.say(f"compiled the training step in {time.monotonic() - began:.1f} s")
+        self._since = time.monotonic()
+
+    def _train_once(self) -> None:
+        batch = self.parts.train.batch_at(self.step)
+        self.state, sums = self._train_step(self.state, self.parts.frozen, self._placed(batch), self._key)
+        self._pending.append(sums)
+        self._tokens += int((batch.segments > 0).sum())
+        self.step += 1
+        self.progress.advance(self.step)
+
+    def _collect(self) -> dict[str, Any]:
+        """Waits for the steps under way and adds their sums to the stand; returns the last step's."""
+        fetched = jax.device_get(self._pending)
+        for sums in fetched:
+            for i, name in enumerate(Tally._fields):
+                self.stand.sums[i] += float(sums[name])
+        self.stand.seconds += time.monotonic() - self._since
+        self.stand.tokens += self._tokens
+        self._pending, self._tokens, self._since = [], 0, time.monotonic()
+        if not all(map(math.isfinite, self.stand.sums)):
+            raise UserError(
+                f"the loss is not finite by step {self.step}; the last checkpoint, step {self.parts.checkpoints.latest}, is "
+                "good: lower optim.learning_rate, or set optim.clip, and start in a new run.dir"
+            )
+        return fetched[-1] if fetched else {}
+
+    def _log(self) -> None:
+        tokens, seconds = self.stand.tokens, self.stand.seconds
+        last = self._collect()
+        nll, correct, weight = self.stand.sums
+        self.stand.sums = [0.0, 0.0, 0.0]
+        record = {
+            "step": self.step,
+            "epoch": self._epoch(),
+            "loss": nll / max(weight, 1.0),
+            "mean_token_accuracy": correct / max(weight, 1.0),
+            "learning_rate": float(self.parts.schedule(self.step - 1)),
+            "grad_norm": float(last["grad_norm"]),
+            "num_tokens": self.stand.tokens,
+            "tokens_per_second": (self.stand.tokens - tokens) / max(self.stand.seconds - seconds, 1e-9),
+        }
+        self.parts.metrics.write(record)
+        self.progress.show(record)
+
+    def _evaluate_and_save(self) -> None:
+        self._collect()
+        if self.parts.validation is None:
+            self.stand.best_step = self.step
+        else:
+            self._evaluate(self.parts.validation)
+        self.parts.checkpoints.save(self.step, self.state, dataclasses.asdict(self.stand), self.stand.best_step)
+        self._since = time.monotonic()
+
+    def _evaluate(self, validation: Loader) -> None:
+        began = time.monotonic()
+        parts = self.parts
+        loss, accuracy = measure(parts.eval_step, self.state.trainable, parts.frozen, validation, parts.mesh)
+        record = {"step": self.step, "epoch": self._epoch(), "eval_loss": loss, "eval_mean_token_accuracy": accuracy}
+        if not math.isfinite(loss):
+            raise UserError(f"eval_loss is {loss} at step {self.step}; lower optim.learning_rate and start in a new run.dir")
+        stand = self.stand
+        better = stand.best_loss is None or loss < stand.best_loss - self.config.eval.min_delta
+        if better:
+            stand.best_loss, stand.best_step, stand.bad_evaluations = loss, self.step, 0
+        else:
+            stand.bad_evaluations += 1
+        self.parts.metrics.write(record | {"eval_seconds": time.monotonic() - began})
+        mark = "best" if better else f"best {stand.best_loss:.4f} at step {stand.best_step}"
+        self.progress.say(f"step {self.step:>5}/{self.steps}  eval_loss {loss:.4f}  eval_accuracy {accuracy:.3f}  ({mark})")
+        if self.parts.sampler is not None:
+            self.parts.metrics.text("samples", self.parts.sampler(self.state.trainable), self.step)
+
+    def _epoch(self) -> float:
+        if self.step == 0:
+            return 0.0
+        epoch, done = self.parts.train.locate(self.step - 1)
+        return round(epoch + (done + 1) / self.parts.train.steps_in_epoch(epoch), 4)
+
+    def _placed(self, batch: Batch) -> dict[str, jax.Array]:
+        return place_batch(batch, self.parts.mesh)
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """The batch as global arrays, rows split over the mesh."""
+    return place(mesh, {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}, ("batch", None))
+
+
+def measure(eval_step: Callable[..., Tally], trainable: Any, frozen: Any, loader: Loader, mesh: Mesh) -> tuple[float, float]:
+    """`(loss, token accuracy)` over all examples of `loader`: Σ nll / Σ tokens and Σ correct / Σ tokens."""
+    parts = [eval_step(trainable, frozen, place_batch(batch, mesh)) for batch in loader.evaluation_batches()]
+    nll, correct, weight = (math.fsum(map(float, column)) for column in zip(*jax.device_get(parts)))
+    return nll / max(weight, 1.0), correct / max(weight, 1.0)

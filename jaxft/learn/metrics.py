@@ -1,0 +1,129 @@
+"""What a run tells while it runs: metrics.jsonl, TensorBoard, and a progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from jaxft.errors import UserError
+
+
+class Metrics:
+    """Writes each record to `metrics.jsonl` and its numbers to `tensorboard/` under TRL's names.
+
+    Opened at step `resumed`, it first drops what a run that was stopped had logged beyond that step, so that a resumed
+    run's log equals an uninterrupted one's.
+    """
+
+    def __init__(self, folder: Path, resumed: int | None = None):
+        from tensorboardX import SummaryWriter
+
+        self._file = folder / "metrics.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = [] if resumed is None else [r for r in read(folder) if r["step"] <= resumed]
+            self._file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            purge = {} if resumed is None else {"purge_step": resumed + 1}
+            self._board = SummaryWriter(str(folder / "tensorboard"), **purge)
+        except OSError as error:
+            raise UserError(f"run.dir: {folder} cannot be written: {error.strerror or error}") from error
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line of `metrics.jsonl`, flushed, and one TensorBoard scalar per number; `step` is the x axis."""
+        with self._file.open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+                group = "eval" if name.startswith("eval_") else "train"
+                self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, record["step"])
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """A text panel, as an indented code block, so that nothing in it is read as Markdown or HTML."""
+        self._board.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
+
+    def close(self) -> None:
+        """Flushes TensorBoard's file."""
+        self._board.close()
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run folder's metrics.jsonl; a last line cut off by a kill is left out."""
+    file = folder / "metrics.jsonl"
+    records = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Progress:
+    """A bar with loss, accuracy, tokens/s and time left in a terminal; a plain line per logged step elsewhere."""
+
+    def __init__(self, total_steps: int, done: int = 0):
+        self._total, self._done, self._started = total_steps, done, time.monotonic()
+        self._first, self._bar = done, None
+        if sys.stdout.isatty():
+            self._bar = _rich_bar(total_steps, done)
+
+    def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """`step` updates are done."""
+        self._done = step
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=step)
+
+    def show(self, record: dict[str, Any]) -> None:
+        """The figures of a logged step: beside the bar, or as a line."""
+        figures = "  ".join(f"{name} {record[key]:{form}}" for name, key, form in COLUMNS if key in record)
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], figures=figures)
+        else:
+            print(f"step {record['step']:>5}/{self._total}  {figures}  left {clock(self._left())}", flush=True)
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the bar."""
+        if self._bar:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, flush=True)
+
+    def _left(self) -> float:
+        each = (time.monotonic() - self._started) / max(1, self._done - self._first)
+        return each * (self._total - self._done)
+
+
+COLUMNS = (
+    ("loss", "loss", ".4f"), ("accuracy", "mean_token_accuracy", ".3f"), ("lr", "learning_rate", ".2e"),
+    ("grad", "grad_norm", ".2f"), ("tokens/s", "tokens_per_second", ",.0f"),
+)  # fmt: skip
+
+
+def _rich_bar(total: int, done: int) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn()]
+    bar = Progress(*columns)
+    bar.add_task("train", total=total, completed=done, figures="")
+    return bar
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

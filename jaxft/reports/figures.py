@@ -1,0 +1,194 @@
+"""The figures of a report: what report.json holds and the pages show."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jaxft.reports.folder import RunFolder, number
+
+RISE, RATIO, MARGIN = 0.02, 2.0, 0.10
+OVERFITTING_RULE = (
+    f"raised when eval_loss at the end is more than {RISE:.0%} above its best, or when train loss fell by more than "
+    f"{RATIO:g} times the share that eval_loss fell (both start to end) and by at least {MARGIN * 100:.0f} points more"
+)
+COUNTS = ("problems", "invalid")  # of a task's scores, beside its metrics
+
+
+def summarise(run: RunFolder) -> dict[str, Any]:
+    """The figures, JSON-ready; None stands for what the folder does not tell.
+
+    `start` is step 0 (the base model) for eval figures and the first log line for train figures; `best` is the step of
+    the exported weights, not each figure's own best; `end` is the last line.
+    """
+    best = best_step(run)
+    eval_loss = _evaluated(run, "eval_loss", best)
+    train_loss = _trained(run, "loss", best)
+    return {
+        "run": run.name,
+        "state": _word(run.fact("state")),
+        "ended": _word(run.fact("ended")),
+        "started": _word(run.fact("started")),
+        "jaxft": _word(run.fact("jaxft")),
+        "versions": _flat(run.fact("versions")),
+        "device": _flat(run.fact("device")),
+        "mesh": _flat(run.fact("mesh")),
+        "model": _flat(run.fact("model")),
+        "data": _flat(run.fact("data")),
+        "steps": run.count("steps"),
+        "step": _last_step(run),
+        "best_step": best,
+        "best_is_end": None if best is None else best == _last_step(run),
+        "eval_loss": eval_loss,
+        "eval_perplexity": {k: None if v is None else math.exp(min(v, 700.0)) for k, v in eval_loss.items()},
+        "eval_mean_token_accuracy": _evaluated(run, "eval_mean_token_accuracy", best),
+        "train_loss": train_loss,
+        "train_mean_token_accuracy": _trained(run, "mean_token_accuracy", best),
+        "at_step": _at_step(run, best),
+        "decrease": _decreases(train_loss, eval_loss),
+        "overfitting": overfitting(train_loss, eval_loss),
+        "tasks": _tasks(run),
+        **_spent(run),
+        "missing": missing(run),
+    }
+
+
+def best_step(run: RunFolder) -> int | None:
+    """The step whose weights are exported: as the run says, else that of the lowest eval_loss."""
+    told = run.count("best_step")
+    if told is not None:
+        return int(told)
+    return min(run.evaluations, key=lambda r: r["eval_loss"])["step"] if run.evaluations else None
+
+
+def overfitting(train_loss: dict[str, float | None], eval_loss: dict[str, float | None]) -> dict[str, Any]:
+    """`flag` by OVERFITTING_RULE, None where the figures do not suffice, and the `signs` that raised it."""
+    fell = _decreases(train_loss, eval_loss)
+    best, end = eval_loss["best"], eval_loss["end"]
+    signs = []
+    rise = None if not best or end is None else end / best - 1
+    if rise is not None and rise > RISE:
+        signs.append(f"eval_loss ended {rise:.1%} above its best")
+    train, held_out = fell["train_loss"], fell["eval_loss"]
+    if train is not None and held_out is not None and train > RATIO * held_out and train - held_out >= MARGIN:
+        signs.append(f"train loss changed by {-train:+.1%}, eval_loss by {-held_out:+.1%}")
+    known = rise is not None and train is not None and held_out is not None
+    return {"flag": True if signs else False if known else None, "signs": signs, "rule": OVERFITTING_RULE}
+
+
+def missing(run: RunFolder) -> list[str]:
+    """What a whole run's folder would tell and this one does not, in words."""
+    words = list(run.damage)
+    if run.results and run.fact("state") != "finished":
+        words.append("the end of the run: results.json was not rewritten, so the run is under way or was stopped")
+    if not run.train:
+        words.append("training lines: metrics.jsonl has none")
+    if not run.evaluations:
+        words.append("validation lines: metrics.jsonl has none")
+    elif run.evaluations[0]["step"] != 0:
+        words.append("the base model's evaluation at step 0")
+    if run.results:
+        told = ("versions", "device", "mesh", "model", "data", "steps", "step", "train_seconds", "wall_seconds", "tokens")
+        absent = [key for key in told if run.fact(key) is None]
+        words += [f"in results.json: {', '.join(absent)}"] if absent else []
+    measured = run.fact("tasks") if isinstance(run.fact("tasks"), dict) else {}
+    for task in run.setting("eval.tasks") or []:
+        scores = measured.get(task) if isinstance(measured.get(task), dict) else {}
+        absent = [model for model in ("base", "tuned") if not isinstance(scores.get(model), dict)]
+        words += [f"task {task}: no scores of the {' and the '.join(absent)} model"] if absent else []
+    return words
+
+
+def _evaluated(run: RunFolder, key: str, best: int | None) -> dict[str, float | None]:
+    at = {r["step"]: number(r.get(key)) for r in run.evaluations}
+    return {"start": at.get(0), "best": at.get(best), "end": at[max(at)] if at else None}
+
+
+def _trained(run: RunFolder, key: str, best: int | None) -> dict[str, float | None]:
+    values = [(r["step"], number(r.get(key))) for r in run.train]
+    until = [value for step, value in values if best is not None and step <= best]
+    return {
+        "start": values[0][1] if values else None,
+        "best": until[-1] if until else None,
+        "end": values[-1][1] if values else None,
+    }
+
+
+def _at_step(run: RunFolder, best: int | None) -> dict[str, int | None]:
+    """The steps behind start, best and end: evaluation lines, and the first and last log line of training."""
+    return {
+        "eval_start": 0 if run.evaluations and run.evaluations[0]["step"] == 0 else None,
+        "eval_best": best if any(r["step"] == best for r in run.evaluations) else None,
+        "eval_end": run.evaluations[-1]["step"] if run.evaluations else None,
+        "train_start": run.train[0]["step"] if run.train else None,
+        "train_end": run.train[-1]["step"] if run.train else None,
+    }
+
+
+def _decreases(train_loss: dict[str, float | None], eval_loss: dict[str, float | None]) -> dict[str, float | None]:
+    return {
+        "train_loss": _fall(train_loss["start"], train_loss["end"]),
+        "eval_loss": _fall(eval_loss["start"], eval_loss["end"]),
+        "eval_loss_to_best": _fall(eval_loss["start"], eval_loss["best"]),
+    }
+
+
+def _fall(start: float | None, end: float | None) -> float | None:
+    return None if not start or end is None else 1 - end / start
+
+
+def _last_step(run: RunFolder) -> int | None:
+    seen = [records[-1]["step"] for records in (run.train, run.evaluations) if records]
+    told = run.count("step")
+    return int(told) if told is not None else max(seen, default=None)
+
+
+def _tasks(run: RunFolder) -> dict[str, dict[str, dict[str, Any]]]:
+    tasks = run.fact("tasks")
+    if not isinstance(tasks, dict):
+        return {}
+    return {
+        name: {model: _scores(by_model[model]) for model in ("base", "tuned") if isinstance(by_model.get(model), dict)}
+        for name, by_model in tasks.items()
+        if isinstance(by_model, dict)
+    }
+
+
+def _scores(scores: dict[str, Any]) -> dict[str, Any]:
+    """A model's numbers and intervals under the task's own names."""
+    kept = {}
+    for key, value in scores.items():
+        if number(value) is not None:
+            kept[key] = value
+        elif key.endswith("_interval") and isinstance(value, list) and len(value) == 2 and None not in map(number, value):
+            kept[key] = value
+    return kept
+
+
+def _spent(run: RunFolder) -> dict[str, Any]:
+    """Time, tokens and money; chips are the run's devices."""
+    wall, train = run.count("wall_seconds"), run.count("train_seconds")
+    tokens, chips = run.count("tokens"), run.count("device.count")
+    price = number(run.setting("run.usd_per_chip_hour"))
+    chip_hours = None if wall is None or chips is None else wall / 3600 * chips
+    return {
+        "wall_seconds": wall,
+        "train_seconds": train,
+        "goodput": None if not wall or train is None else train / wall,
+        "tokens": tokens,
+        "tokens_per_second": None if not train or tokens is None else tokens / train,
+        "chip_hours": chip_hours,
+        "usd_per_chip_hour": price,
+        "cost_usd": None if chip_hours is None or price is None else chip_hours * price,
+    }
+
+
+def _word(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _flat(value: Any) -> dict[str, str | float | None]:
+    """The names, numbers and words of a section; nothing nested, nothing that JSON cannot carry."""
+    if not isinstance(value, dict):
+        return {}
+    return {k: v if isinstance(v, str) else number(v) for k, v in value.items() if not isinstance(v, (dict, list))}

@@ -1,0 +1,299 @@
+"""`python -m jaxft.train --config NAME [--section.field value …]`: from a checkpoint and rows to an adapter and a report."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import jaxft
+from jaxft import config
+from jaxft.errors import UserError, run_verb
+
+if TYPE_CHECKING:  # JAX and the rest are imported where used: --help and a mistake in the config answer at once
+    import optax
+    from jax.sharding import Mesh
+
+    from jaxft.data.dataset import Dataset
+    from jaxft.evals.tasks import Answerer
+    from jaxft.learn.folder import RunFolder
+    from jaxft.learn.loop import Loop, Stand
+    from jaxft.learn.step import TrainState
+    from jaxft.weights.checkpoint import Checkpoints
+    from jaxft.weights.model import Loaded, Source
+
+PROG = "python -m jaxft.train"
+SAMPLE_TOKENS = 128  # of each answer shown at an evaluation
+
+
+def main(argv: list[str]) -> None:
+    """Trains as the config says; the same command resumes, and does nothing where the run has ended."""
+    path, overrides = _command_line(argv)
+    run(config.load(path, overrides))
+
+
+def _command_line(argv: list[str]) -> tuple[str, list[str]]:
+    """The value of --config, and the rest."""
+    path, rest, arguments = None, [], iter(argv)
+    for argument in arguments:
+        if argument == "--config" or argument.startswith("--config="):
+            path = argument.partition("=")[2] or next(arguments, "")
+        else:
+            rest.append(argument)
+    if path is None and {"-h", "--help"} & set(rest):
+        about = "--config NAME is a path, or a file of configs/; with it, --help shows that file's values."
+        config.parse(config.Config, ["--help"], prog=f"{PROG} --config NAME", description=about)
+    if not path:
+        raise UserError(f"--config: missing; usage: {PROG} --config NAME [--section.field value …]")
+    return path, rest
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose config, rows, tokenizer and headers have been checked; no weight is read and nothing written."""
+
+    config: config.Config
+    source: Source
+    tokenizer: Any
+    mesh: Mesh
+    data: Dataset
+    steps: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """A job with its arrays on the devices and its folder open."""
+
+    loaded: Loaded
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    state: TrainState
+    stand: Stand | None  # None: from the beginning
+    checkpoints: Checkpoints
+    answerer: Answerer
+
+
+def run(settings: config.Config) -> None:
+    """One run, in the order in which things can be wrong: config, data, tokenizer, headers, weights, compile, train."""
+    from jaxft.learn.folder import RunFolder
+
+    began = time.monotonic()
+    folder = RunFolder(settings)
+    if folder.finished:
+        print(f"{folder.path}: this run has ended ({folder.results.get('ended')}); nothing to do")
+        return
+    job = prepare(settings)
+    started = start(job, folder)
+    if started.stand is None:
+        _measure_tasks(job, started, folder, "base", started.state.trainable)
+    loop, reason = _train(job, started, folder)
+    best = _best(started, loop)
+    print(f"{reason}; best step {loop.stand.best_step}")
+    _measure_tasks(job, started, folder, "tuned", best)
+    _finish(job, started, folder, loop, reason, best, time.monotonic() - began)
+
+
+def prepare(settings: config.Config) -> Job:
+    """Reads rows, headers and the tokenizer, and checks all of them. Raises UserError."""
+    from jaxft.data import chat, dataset, rows
+    from jaxft.evals import tasks
+    from jaxft.parallel.mesh import make_mesh
+    from jaxft.weights import model
+
+    splits = rows.load(settings.data, settings.run.seed)
+    tasks.check(settings.eval.tasks, (splits.test or splits.validation)[: settings.eval.limit])
+    source = model.find(settings.model, settings.lora)
+    tokenizer = chat.load_tokenizer(source.folder)
+    mesh = make_mesh(settings.mesh)
+    _check_batch(settings.optim, mesh)
+    data = dataset.build(settings, splits, tokenizer, source.arch.vocab_size, source.arch.max_positions)
+    total = data.train.total_steps(settings.optim.epochs)
+    return Job(settings, source, tokenizer, mesh, data, min(total, settings.optim.max_steps or total))
+
+
+def _check_batch(optim: config.Optim, mesh: Mesh) -> None:
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    micro = optim.batch_size // optim.accumulation_steps
+    if micro % ways:
+        raise UserError(
+            f"optim.batch_size: {optim.batch_size} in {optim.accumulation_steps} micro-batch(es) of {micro} does not split "
+            f"over data·fsdp={ways} devices; make the micro-batch a multiple of {ways}, or lower mesh.data and mesh.fsdp"
+        )
+
+
+def start(job: Job, folder: RunFolder) -> Started:
+    """Reads the weights, opens the run folder, and restores its newest checkpoint where there is one."""
+    from jaxft.evals.tasks import Answerer
+    from jaxft.learn import optim, step
+    from jaxft.learn.loop import Stand
+    from jaxft.weights import model
+    from jaxft.weights.checkpoint import Checkpoints
+
+    settings = job.config
+    loaded = model.materialise(job.source, job.mesh, settings.run.seed, _remat(settings.model.remat, job.mesh))
+    optimizer = optim.optimizer(settings.optim, job.steps, loaded.rows)
+    state, stand = step.initial_state(loaded, optimizer, job.mesh), None
+    folder.start(_facts(job, loaded, folder.results))
+    checkpoints = Checkpoints(folder.path / "checkpoints", settings.run.keep)
+    if checkpoints.latest is not None:
+        state, progress = checkpoints.restore(checkpoints.latest, state)
+        stand = Stand(**progress)
+    _banner(job, folder, checkpoints.latest)
+    answerer = Answerer(loaded.decoder(), job.tokenizer, job.data.template, settings.eval.max_new_tokens)
+    return Started(loaded, optimizer, optim.schedule(settings.optim, job.steps), state, stand, checkpoints, answerer)
+
+
+def _remat(policy: str, mesh: Mesh) -> str:
+    """`auto`: nothing is recomputed on a CPU, where memory is plentiful and arithmetic is not; dots elsewhere."""
+    if policy != "auto":
+        return policy
+    return "none" if mesh.devices.flat[0].platform == "cpu" else "dots"
+
+
+def _facts(job: Job, loaded: Loaded, before: dict[str, Any]) -> dict[str, Any]:
+    import flax
+    import jax
+
+    from jaxft.models.tensors import count_parameters
+
+    trainable, parameters = count_parameters(loaded.rows)
+    device, source = job.mesh.devices.flat[0], job.source
+    return {
+        "jaxft": jaxft.__version__,
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__},
+        "started": before.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": {
+            "platform": device.platform, "kind": device.device_kind, "count": job.mesh.size, "processes": jax.process_count(),
+        },
+        "mesh": dict(job.mesh.shape),
+        "model": {
+            "name": job.config.model.name, "family": source.arch.family, "parameters": parameters, "trainable": trainable,
+            "dtype": str(source.dtype),
+        },
+        "data": job.data.facts,
+        "steps": job.steps,
+    }  # fmt: skip
+
+
+def _banner(job: Job, folder: RunFolder, resumed: int | None) -> None:
+    model, device, optim = folder.results["model"], folder.results["device"], job.config.optim
+    trainable, parameters = model["trainable"], model["parameters"]
+    shape = ", ".join(f"{name}={size}" for name, size in job.mesh.shape.items())
+    data = job.data.facts
+    print(f"model: {model['name']} ({model['family']}, {model['dtype']})")
+    print(f"trainable params: {trainable:,} || all params: {parameters:,} || trainable%: {100 * trainable / parameters:.4f}")
+    for note in job.data.notes:
+        print(note)
+    print(f"device: {device['count']} × {device['kind']}, mesh {shape}")
+    print(
+        f"batch: {optim.batch_size} sequences of {data['length']} tokens in {optim.accumulation_steps} micro-batch(es), "
+        f"{100 * data['fill']:.1f} % of positions real; {job.steps} steps"
+    )
+    print(f"run folder: {folder.path}" + ("" if resumed is None else f", resumed at step {resumed}"), flush=True)
+
+
+def _measure_tasks(job: Job, started: Started, folder: RunFolder, side: str, trainable: dict[str, Any]) -> None:
+    """Measures each of eval.tasks on one side (base or tuned) and keeps its scores in results.json."""
+    from jaxft.evals.tasks import TASKS
+
+    rows = job.data.task_rows[: job.config.eval.limit]
+    for task in job.config.eval.tasks:
+        scores = TASKS[task][0](rows, started.answerer, trainable)
+        known = folder.results["tasks"]
+        folder.update({"tasks": known | {task: known.get(task, {}) | {side: scores}}})
+        low, high = scores["exact_match_interval"]
+        print(
+            f"{task}, {side}: exact match {100 * scores['exact_match']:.1f} % of {scores['problems']} problems "
+            f"(95 % interval {100 * low:.1f} to {100 * high:.1f})",
+            flush=True,
+        )
+
+
+def _train(job: Job, started: Started, folder: RunFolder) -> tuple[Loop, str]:
+    from jaxft.learn import step
+    from jaxft.learn.loop import Loop, Parts
+    from jaxft.learn.metrics import Metrics
+
+    metrics = Metrics(folder.path, None if started.stand is None else int(started.state.step))
+    accumulation = job.config.optim.accumulation_steps
+    parts = Parts(
+        mesh=job.mesh,
+        schedule=started.schedule,
+        train=job.data.train,
+        validation=job.data.validation,
+        train_step=step.make_train_step(started.loaded, started.optimizer, job.mesh, accumulation_steps=accumulation),
+        eval_step=step.make_eval_step(started.loaded, job.mesh),
+        frozen=started.loaded.frozen,
+        checkpoints=started.checkpoints,
+        metrics=metrics,
+        sampler=_sampler(job, started),
+    )
+    loop = Loop(job.config, parts, job.steps, started.state, started.stand)
+    try:
+        return loop, loop.run()
+    finally:
+        metrics.close()
+
+
+def _sampler(job: Job, started: Started) -> Any:
+    """Answers to the first held-out rows as text; None where no samples are asked for or rows are plain text."""
+    from jaxft.evals.tasks import question
+
+    rows = job.data.held_out[: job.config.eval.samples]
+    if not rows or rows[0].turns[-1].role == "text":
+        return None
+
+    def sample(trainable: dict[str, Any]) -> str:
+        said = started.answerer(rows, trainable, SAMPLE_TOKENS)
+        return "\n\n".join(f"{question(row)}\n→ {answer.strip()}" for row, answer in zip(rows, said))
+
+    return sample
+
+
+def _best(started: Started, loop: Loop) -> dict[str, Any]:
+    """The trainable parameters of the best step."""
+    best, state = loop.stand.best_step, loop.state
+    if best != loop.step:
+        state, _ = started.checkpoints.restore(best, state)
+    started.checkpoints.close()
+    return state.trainable
+
+
+def _finish(
+    job: Job, started: Started, folder: RunFolder, loop: Loop, reason: str, best: dict[str, Any], seconds: float
+) -> None:
+    from jaxft import report
+
+    stand = loop.stand
+    folder.update({
+        "ended": reason, "step": loop.step, "best_step": stand.best_step, "best_loss": stand.best_loss,
+        "train_seconds": stand.seconds, "wall_seconds": seconds, "tokens": stand.tokens,
+    })  # fmt: skip
+    _export(job, started.loaded, folder, best)
+    folder.update({"state": "finished"})
+    report.write(folder.path)
+    print(f"report: {folder.path / 'report.md'}")
+
+
+def _export(job: Job, loaded: Loaded, folder: RunFolder, best: dict[str, Any]) -> None:
+    """The adapter in PEFT's format, or with lora None the whole model in transformers'."""
+    from jaxft.weights import merged, peft
+    from jaxft.weights.card import write_card
+
+    source, settings = job.source, job.config
+    if settings.lora is None:
+        target = folder.path / "model"
+        merged.save(target, loaded.rows, best, source.folder, source.stored)
+    else:
+        target = folder.path / "adapter"
+        model = settings.model
+        peft.save(target, loaded.rows, best, source.plan, source.arch, model.name, model.revision)
+        merged.copy_files(source.folder, target)
+    write_card(target, folder.settings, folder.results, folder.results["best_loss"])
+    print(f"{target.name}: {target}")
+
+
+if __name__ == "__main__":
+    run_verb(main)

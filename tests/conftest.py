@@ -1,0 +1,45 @@
+"""Tests run strict: 8 CPU devices, no implicit promotion of dtypes or ranks, warnings as errors, no network."""
+
+import os
+from pathlib import Path
+
+os.environ.update(
+    # The lowest optimisation level compiles these small programs in half the time and computes the same thing.
+    XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+    JAX_PLATFORMS="cpu",
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Warnings of other packages about each other, which nothing here can mend.
+IGNORED = ["ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"]  # peft, of transformers 5
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in IGNORED:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and data that lies beside the repository where there is one."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads():
+    """Two threads for torch, where a test uses it."""
+    import torch
+
+    torch.set_num_threads(2)
