@@ -41,8 +41,8 @@ class Model:
     remat: Literal["auto", "none", "dots", "qkv", "full"] = "auto"
     """Activations kept for the backward pass: none recomputes nothing, dots keeps matmul outputs, qkv keeps the
     attention's, full keeps only layer inputs."""
-    attention: Literal["auto", "dense"] = "auto"
-    """Attention kernel."""
+    attention: Literal["auto", "dense", "blocked"] = "auto"
+    """Attention kernel; auto is blocked on a CPU, dense elsewhere."""
     quantize: Literal["none", "int8", "nf4", "int4"] = "none"
     """Storage of the frozen linear weights."""
 

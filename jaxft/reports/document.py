@@ -175,7 +175,7 @@ def _md_part(part: Part) -> str:
         case Strong():
             return f"**{_md_part(part.text)}**"
         case _:
-            text = re.sub(r"([\\`*\[\]<>|&#~$!])|(?<!\w)(_)|(_)(?!\w)", r"\\\g<0>", visible(part))
+            text = re.sub(r"([\\`*\[\]<>|&#~$])|(?<!\w)(_)|(_)(?!\w)", r"\\\g<0>", visible(part))
             return text.replace("\n", " ")
 
 
@@ -201,13 +201,15 @@ def _html(block: Block) -> str:
         case Heading():
             return f"<h{block.level}>{_ht(block.text)}</h{block.level}>"
         case Text():
-            return f"<p{' class="verdict"' if block.boxed else ''}>{_ht(block.text)}</p>"
+            kind = ' class="verdict"' if block.boxed else ""
+            return f"<p{kind}>{_ht(block.text)}</p>"
         case Bullets():
             return "<ul>" + "".join(f"<li>{_ht(item)}</li>" for item in block.items) + "</ul>"
         case Table():
             return _html_table(block)
         case Quote():
-            return f"<figure><figcaption>{_ht(block.label)}</figcaption><pre>{_escape(visible(block.text))}</pre></figure>"
+            text = _escape(visible(block.text))
+            return f"<figure><figcaption>{_ht(block.label)}</figcaption><pre>{text}</pre></figure>"
         case Columns():
             return '<div class="columns">' + "".join(map(_html, block.quotes)) + "</div>"
         case Gallery():

@@ -6,12 +6,14 @@ import math
 from typing import Any
 
 from jaxft.reports.folder import RunFolder, number
+from jaxft.reports.wording import change, share
 
 RISE, RATIO, MARGIN = 0.02, 2.0, 0.10
 OVERFITTING_RULE = (
-    f"raised when eval_loss at the end is more than {RISE:.0%} above its best, or when train loss fell by more than "
+    f"raised when eval_loss at the end is more than {RISE * 100:.0f} % above its best, or when train loss fell by more than "
     f"{RATIO:g} times the share that eval_loss fell (both start to end) and by at least {MARGIN * 100:.0f} points more"
 )
+TOLD = ("versions", "device", "mesh", "model", "data", "steps", "step", "train_seconds", "wall_seconds", "tokens")
 COUNTS = ("problems", "invalid")  # of a task's scores, beside its metrics
 
 
@@ -38,13 +40,13 @@ def summarise(run: RunFolder) -> dict[str, Any]:
         "steps": run.count("steps"),
         "step": _last_step(run),
         "best_step": best,
-        "best_is_end": None if best is None else best == _last_step(run),
         "eval_loss": eval_loss,
         "eval_perplexity": {k: None if v is None else math.exp(min(v, 700.0)) for k, v in eval_loss.items()},
         "eval_mean_token_accuracy": _evaluated(run, "eval_mean_token_accuracy", best),
         "train_loss": train_loss,
         "train_mean_token_accuracy": _trained(run, "mean_token_accuracy", best),
-        "at_step": _at_step(run, best),
+        "last_evaluation_step": run.evaluations[-1]["step"] if run.evaluations else None,
+        "train_start_step": run.train[0]["step"] if run.train else None,
         "decrease": _decreases(train_loss, eval_loss),
         "overfitting": overfitting(train_loss, eval_loss),
         "tasks": _tasks(run),
@@ -68,10 +70,10 @@ def overfitting(train_loss: dict[str, float | None], eval_loss: dict[str, float 
     signs = []
     rise = None if not best or end is None else end / best - 1
     if rise is not None and rise > RISE:
-        signs.append(f"eval_loss ended {rise:.1%} above its best")
+        signs.append(f"eval_loss ended {share(rise)} above its best")
     train, held_out = fell["train_loss"], fell["eval_loss"]
     if train is not None and held_out is not None and train > RATIO * held_out and train - held_out >= MARGIN:
-        signs.append(f"train loss changed by {-train:+.1%}, eval_loss by {-held_out:+.1%}")
+        signs.append(f"train loss changed by {change(train)}, eval_loss by {change(held_out)}")
     known = rise is not None and train is not None and held_out is not None
     return {"flag": True if signs else False if known else None, "signs": signs, "rule": OVERFITTING_RULE}
 
@@ -88,8 +90,7 @@ def missing(run: RunFolder) -> list[str]:
     elif run.evaluations[0]["step"] != 0:
         words.append("the base model's evaluation at step 0")
     if run.results:
-        told = ("versions", "device", "mesh", "model", "data", "steps", "step", "train_seconds", "wall_seconds", "tokens")
-        absent = [key for key in told if run.fact(key) is None]
+        absent = [key for key in TOLD if run.fact(key) is None]
         words += [f"in results.json: {', '.join(absent)}"] if absent else []
     measured = run.fact("tasks") if isinstance(run.fact("tasks"), dict) else {}
     for task in run.setting("eval.tasks") or []:
@@ -111,17 +112,6 @@ def _trained(run: RunFolder, key: str, best: int | None) -> dict[str, float | No
         "start": values[0][1] if values else None,
         "best": until[-1] if until else None,
         "end": values[-1][1] if values else None,
-    }
-
-
-def _at_step(run: RunFolder, best: int | None) -> dict[str, int | None]:
-    """The steps behind start, best and end: evaluation lines, and the first and last log line of training."""
-    return {
-        "eval_start": 0 if run.evaluations and run.evaluations[0]["step"] == 0 else None,
-        "eval_best": best if any(r["step"] == best for r in run.evaluations) else None,
-        "eval_end": run.evaluations[-1]["step"] if run.evaluations else None,
-        "train_start": run.train[0]["step"] if run.train else None,
-        "train_end": run.train[-1]["step"] if run.train else None,
     }
 
 
@@ -158,9 +148,9 @@ def _scores(scores: dict[str, Any]) -> dict[str, Any]:
     """A model's numbers and intervals under the task's own names."""
     kept = {}
     for key, value in scores.items():
-        if number(value) is not None:
-            kept[key] = value
-        elif key.endswith("_interval") and isinstance(value, list) and len(value) == 2 and None not in map(number, value):
+        if number(value) is not None or (
+            key.endswith("_interval") and isinstance(value, list) and len(value) == 2 and None not in map(number, value)
+        ):
             kept[key] = value
     return kept
 

@@ -24,6 +24,7 @@ class Theme:
 
 LIGHT = Theme(paper="#ffffff", ink="#24292f", grid="#d9dee4", train="#2563c9", validation="#c2500a")
 DARK = Theme(paper="#161b22", ink="#d5dbe2", grid="#343b45", train="#7fb2ff", validation="#ff9c4a")
+NAMES = ("loss", "token_accuracy", "learning_rate", "grad_norm")
 SMOOTHED_FROM = 60  # points; below, every point has a marker and no running mean is needed
 
 
@@ -56,9 +57,6 @@ def plots(run: RunFolder, best_step: int | None) -> list[Plot]:
     return [chart for chart in charts if chart.train or chart.validation]
 
 
-NAMES = ("loss", "token_accuracy", "learning_rate", "grad_norm")
-
-
 def png(plot: Plot, theme: Theme) -> bytes:
     """The chart as PNG, 936 × 576; bytes depend on the points and on Matplotlib's version only."""
     import matplotlib
@@ -77,9 +75,9 @@ def png(plot: Plot, theme: Theme) -> bytes:
 def _draw(axes: Any, plot: Plot, theme: Theme) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    for points, label, colour in ((plot.train, "train", theme.train), (plot.validation, "validation", theme.validation)):
+    for points, label in ((plot.train, "train"), (plot.validation, "validation")):
         if points:
-            _curve(axes, points, label, colour)
+            _curve(axes, points, label, getattr(theme, label))
     if plot.best_step is not None and plot.validation:
         _mark(axes, plot.validation, plot.best_step, theme)
     axes.set_title(plot.title, loc="left", fontsize=11, fontweight="bold", color=theme.ink)
@@ -116,7 +114,7 @@ def _running_mean(values: list[float]) -> list[float]:
 
 def _mark(axes: Any, validation: Points, best_step: int, theme: Theme) -> None:
     axes.axvline(best_step, color=theme.validation, linewidth=1, linestyle=":")
-    at = dict(zip(*validation)).get(best_step)
+    at = dict(zip(*validation, strict=True)).get(best_step)
     if at is not None:
         ring = {"marker": "o", "s": 70, "facecolors": "none", "edgecolors": theme.validation, "linewidths": 1.6}
         axes.scatter([best_step], [at], zorder=3, label=f"best, step {best_step}", **ring)

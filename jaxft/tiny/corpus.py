@@ -13,7 +13,7 @@ from jaxft.errors import UserError
 from jaxft.tiny.problems import NAMES, NOUNS
 
 SIZE = 96_000
-"""Documents, of about 50 tokens each: 3,600 steps of 16 x 112 tokens see them once or a little more."""
+"""Documents, of about 50 tokens each: 4,500 steps of 16 x 112 tokens see them one and a half times."""
 
 Draw = random.Random
 OPENINGS = ("Today", "Once", "One day", "Now", "In this story", "First")

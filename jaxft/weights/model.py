@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxft import config
 from jaxft.models import decoder, lora, tensors
 from jaxft.models.arch import Arch
+from jaxft.models.attention import kernel_for
 from jaxft.parallel.mesh import make_mesh
 from jaxft.weights import load, peft, shards
 from jaxft.weights.hub import local_folder
@@ -45,7 +46,7 @@ class Loaded:
         return decoder.join(self.graphdef, self.trainable, self.frozen)
 
 
-def find(model: config.Model, adaptation: config.Lora | None | str = "base") -> Source:
+def find(model: config.Model, adaptation: config.Lora | str | None = "base") -> Source:
     """Resolves names and reads headers. `adaptation` is the Lora section, None for every weight, or "base" for neither.
 
     An adapter folder in `model.adapter` brings its own rank, alpha and targets. Raises UserError.
@@ -69,9 +70,11 @@ def find(model: config.Model, adaptation: config.Lora | None | str = "base") -> 
     return Source(folder, arch, files, adapter, dtype, stored, plan)
 
 
-def materialise(source: Source, mesh: Mesh, seed: int = 0, remat: str = "none") -> Loaded:
-    """Reads (or draws) every array onto `mesh`."""
-    model = decoder.abstract(source.arch, source.plan, source.dtype, remat=remat, mesh=mesh)
+def materialise(source: Source, mesh: Mesh, seed: int = 0, remat: str = "none", attention: str = "auto") -> Loaded:
+    """Reads (or draws) every array onto `mesh`; `attention` names a kernel, or auto for the platform's."""
+    kernel = kernel_for(mesh.devices.flat[0].platform) if attention == "auto" else attention
+    options = {"remat": remat, "attention": kernel, "mesh": mesh}
+    model = decoder.abstract(source.arch, source.plan, source.dtype, **options)
     graphdef, trainable, _ = decoder.split(model)
     rows = tensors.table(model)
     if source.files is None:

@@ -27,8 +27,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings under which the same tensors mean another model: reading past one would be quietly wrong.
 UNSUPPORTED = (
     "use_dora fan_in_fan_out use_qalora modules_to_save layer_replication trainable_token_indices target_parameters "
-    "alora_invocation_tokens lora_bias megatron_config arrow_config use_bdlora"
-).split()
+    "alora_invocation_tokens lora_bias megatron_config arrow_config use_bdlora kasa_config monteclora_config"
+).split()  # noqa: SIM905
 # Initialisations that leave the base's own weights alone; PiSSA, OLoRA, CorDA and LoftQ change them.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga")
 
@@ -84,7 +84,8 @@ def _pairs(config: Mapping[str, Any], found: Mapping[str, Slice], arch: Arch, fi
         a, b = (found.get(f"{path}.lora_{side}.weight") for side in "AB")
         if a is None and b is None:
             continue
-        rank, alpha = (_by_pattern(config, key, plural, path) for key, plural in (("r", "rank"), ("lora_alpha", "alpha")))
+        rank = _by_pattern(config, "r", "rank_pattern", int, path, file.with_name(CONFIG))
+        alpha = _by_pattern(config, "lora_alpha", "alpha_pattern", (int, float), path, file.with_name(CONFIG))
         seen = tuple(None if t is None else t.shape for t in (a, b))
         if seen != ((rank, n_in), (n_out, rank)):
             raise UserError(f"{file}: {path}: expected A {(rank, n_in)} and B {(n_out, rank)}, found {seen[0]} and {seen[1]}")
@@ -92,12 +93,17 @@ def _pairs(config: Mapping[str, Any], found: Mapping[str, Slice], arch: Arch, fi
     return adapters
 
 
-def _by_pattern(config: Mapping[str, Any], key: str, plural: str, path: str) -> Any:
+def _by_pattern(config: Mapping[str, Any], key: str, patterns_key: str, kind: Any, path: str, file: Path) -> Any:
     """PEFT's rule: the first pattern that matches the end of the module path, else the adapter-wide value (8)."""
-    for pattern, value in (config.get(f"{plural}_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return config.get(key, 8)
+    patterns = config.get(patterns_key) or {}
+    try:
+        matching = [p for p in patterns if re.match(rf"(.*\.)?({p})$", path)]
+        name, value = (patterns_key, patterns[matching[0]]) if matching else (key, config.get(key, 8))
+    except (re.error, TypeError, LookupError) as error:
+        raise UserError(f"{file}: {patterns_key}: expected regular expressions and values, found {patterns!r}") from error
+    if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+        raise UserError(f"{file}: {name}: expected a positive number, found {value!r}")
+    return value
 
 
 def save(
