@@ -315,7 +315,8 @@ def parse(record: type, arguments: list[str], default: Any = None, prog: str | N
         if not stop.code:
             raise
     text = re.sub(r"[^\S ]+|[╭╮╰╯│─]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", complaints.getvalue()))
-    text = re.sub(r"^\s*(Parsing error|Unrecognized options|Required options)\s*|For full helptext.*$", "", " ".join(text.split()))
+    noise = r"^\s*(Parsing error|Unrecognized options|Required options)?\s*(Value error|Invalid choice)?\s*"
+    text = re.sub(rf"{noise}|Argument helptext:.*$|For full helptext.*$", "", " ".join(text.split()))
     raise UserError(text.strip() or f"cannot read the command line {' '.join(arguments)}")
 
 

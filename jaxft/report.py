@@ -12,7 +12,7 @@ from typing import Any
 from jaxft.errors import OutOfResources, UserError, run_verb
 from jaxft.reports import content, document, plots, wording
 from jaxft.reports.figures import summarise
-from jaxft.reports.folder import RunFolder, read
+from jaxft.reports.folder import RunRecord, read
 
 
 def write(folder: Path) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def write(folder: Path) -> dict[str, Any]:
     return _write(read(Path(folder)))
 
 
-def _write(run: RunFolder) -> dict[str, Any]:
+def _write(run: RunRecord) -> dict[str, Any]:
     figures = summarise(run)
     charts = plots.plots(run, figures["best_step"])
     images = [_image(chart) for chart in charts]

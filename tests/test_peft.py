@@ -288,7 +288,7 @@ def test_an_adapter_for_another_family_is_refused(base, theirs, tmp_path):
         (peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], use_dora=True), "use_dora=True"),
         (peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules_to_save"),
         (peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights="pissa"), "init_lora_weights='pissa'"),
-        (peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"]), "lm_head.lora_A.weight"),
+        (peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"]), "lm_head"),
         (peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "embed_tokens"]), "embed_tokens"),
         (peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]), "peft_type 'IA3'"),
         (peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=["k_proj"]), "peft_type 'LOHA'"),
@@ -303,7 +303,7 @@ def test_a_kind_of_adapter_that_means_something_else_is_refused(settings, shown,
 @pytest.mark.parametrize(
     ("changes", "shown"),
     [
-        ({"r": "4"}, "r"),
+        ({"r": "4"}, "r: expected a positive number, found '4'"),
         ({"r": 5}, "model.layers.0.self_attn.q_proj: expected A (5, 32)"),
         ({"lora_alpha": None}, "lora_alpha"),
         ({"lora_alpha": "8"}, "lora_alpha"),

@@ -24,6 +24,7 @@ class Generator:
     def __init__(self, model: decoder.Decoder, eos_ids: Sequence[int]):
         self.max_positions = model.arch.max_positions
         self.vocab_size = model.arch.vocab_size
+        self.ways = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]
         self.graphdef, self.trainable, self.frozen = decoder.split(model)
         self.eos = np.array(sorted(set(eos_ids)) or [-1], np.int32)
 
@@ -48,7 +49,7 @@ class Generator:
         weights = (self.trainable if trainable is None else trainable), self.frozen
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            rows = min(batch_size, len(prompts))
+            rows = -(-min(batch_size, len(prompts)) // self.ways) * self.ways
             tokens, lengths, ids = _padded([prompts[i] for i in chosen], chosen, rows)
             draw = jax.random.key(seed), jnp.float32(temperature)
             out = _generate(self.graphdef, *weights, tokens, lengths, ids, *draw, self.eos, max_new_tokens)

@@ -18,7 +18,7 @@ from jaxft.models import ops
 from jaxft.models.arch import LINEARS, Arch, LayerSpec, stages
 from jaxft.models.attention import KERNELS
 from jaxft.models.lora import Adaptation, Linear, Trainable, base
-from jaxft.parallel.sharding import constrain
+from jaxft.parallel.sharding import check_split, constrain
 
 LINEAR_AXES = {
     "q_proj": ("embed", "heads"), "k_proj": ("embed", "kv_heads"), "v_proj": ("embed", "kv_heads"),
@@ -177,6 +177,7 @@ class Decoder(nnx.Module):
     ):
         plan = plan or Adaptation()
         self.arch, self.remat, self.mesh, self.dtype = arch, remat, mesh, jnp.dtype(dtype)
+        _check_heads(arch, mesh)
         names = arch.names
         shape = (arch.vocab_size, arch.dim)
         self.embed = base(plan, (names.embed,), shape, ("vocab", "embed"), dtype)
@@ -244,6 +245,13 @@ class Decoder(nnx.Module):
             layers.append(tuple((jnp.zeros(s, self.dtype), jnp.zeros(s, self.dtype)) for s in shapes))
         empty = jnp.zeros((batch, slots), jnp.int32)
         return Cache(tuple(layers), empty, empty, jnp.zeros((), jnp.int32))
+
+
+def _check_heads(arch: Arch, mesh: Mesh | None) -> None:
+    """Raises UserError where tensor parallelism would cut a head in two: N·H may divide where N does not."""
+    for i, layer in enumerate(arch.layers if mesh is not None else ()):
+        check_split(mesh, "heads", layer.heads, arch.module_path(i, "q_proj"))
+        check_split(mesh, "kv_heads", layer.kv_heads, arch.module_path(i, "k_proj"))
 
 
 def _extend(cache: Cache, positions: jax.Array, segments: jax.Array) -> tuple[Cache, Context]:

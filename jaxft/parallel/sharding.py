@@ -29,16 +29,21 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
 def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], what: str) -> NamedSharding:
     """The sharding of array `what`. Raises UserError where a dimension does not split evenly."""
     for size, logical in zip(shape, axes):
-        names = RULES.get(logical) if logical else None
-        names = (names,) if isinstance(names, str) else names or ()
-        ways = _product(mesh.shape[name] for name in names)
-        if size % ways:
-            largest = max(w for w in range(1, ways + 1) if size % w == 0 and ways % w == 0)
-            raise UserError(
-                f"{what}: {logical} of {size} does not split over {'·'.join(names)}={ways}; "
-                f"set mesh.{names[-1]} to at most {largest}"
-            )
+        check_split(mesh, logical, size, what)
     return NamedSharding(mesh, spec(axes))
+
+
+def check_split(mesh: Mesh, logical: str | None, size: int, what: str) -> None:
+    """Raises UserError where `size` things along a logical axis of `what` do not split evenly over the mesh."""
+    names = RULES.get(logical) if logical else None
+    names = (names,) if isinstance(names, str) else names or ()
+    ways = _product(mesh.shape[name] for name in names)
+    if size % ways:
+        largest = max(w for w in range(1, ways + 1) if size % w == 0 and ways % w == 0)
+        raise UserError(
+            f"{what}: {logical} of {size} does not split over {'·'.join(names)}={ways}; "
+            f"set mesh.{names[-1]} to at most {largest}"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from jaxft.reports.document import Code, Inline
-from jaxft.reports.folder import RunFolder, number
+from jaxft.reports.folder import RunRecord, number
 from jaxft.reports.wording import UNKNOWN, brief, clock, share, usd, whole
 
 Row = tuple[Inline, Inline]
 
 
-def rows(run: RunFolder, figures: dict[str, Any]) -> list[Row]:
+def rows(run: RunRecord, figures: dict[str, Any]) -> list[Row]:
     """The run card; config and results say the same of a run, and each fact is taken from where it was decided."""
     return [
         ("Model", _model(run, figures["model"])),
@@ -45,7 +45,7 @@ def cost(figures: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _model(run: RunFolder, model: dict[str, Any]) -> Inline:
+def _model(run: RunRecord, model: dict[str, Any]) -> Inline:
     name, revision = run.setting("model.name") or model.get("name"), run.setting("model.revision")
     parts = [Code(str(name)) if name else UNKNOWN]
     parts += [", revision ", Code(str(revision))] if revision else []
@@ -53,7 +53,7 @@ def _model(run: RunFolder, model: dict[str, Any]) -> Inline:
     return [*parts, f"; family {brief(model.get('family') or UNKNOWN)}, {facts}"]
 
 
-def _trained(run: RunFolder, model: dict[str, Any]) -> Inline:
+def _trained(run: RunRecord, model: dict[str, Any]) -> Inline:
     trainable, parameters = number(model.get("trainable")), number(model.get("parameters"))
     of_all = f", {trainable / parameters * 100:.2f} % of the model's" if trainable and parameters else ""
     count = f"; {whole(trainable)} trainable parameters{of_all}"
@@ -69,7 +69,7 @@ def _trained(run: RunFolder, model: dict[str, Any]) -> Inline:
     return [f"LoRA adapter: {', '.join(settings)}, targets ", Code(targets), *begun, count]
 
 
-def _source(run: RunFolder) -> Inline:
+def _source(run: RunRecord) -> Inline:
     files = run.setting("data.files")
     if isinstance(files, list) and files:
         name, where = ", ".join(map(str, files)), ""
@@ -88,7 +88,7 @@ def _amounts(data: dict[str, Any]) -> list[Row]:
     return [("Rows", f"{held}; {lost}"), ("Tokens", f"{tokens}; {packed}")]
 
 
-def _settings(run: RunFolder) -> list[Row]:
+def _settings(run: RunRecord) -> list[Row]:
     def told(**names: str) -> str:
         return ", ".join(f"{words.replace('_', ' ')} {brief(run.setting(key))}" for words, key in names.items())
 

@@ -22,7 +22,7 @@ from jaxft.reports.document import (
     Text,
 )
 from jaxft.reports.figures import COUNTS
-from jaxft.reports.folder import RunFolder, number
+from jaxft.reports.folder import RunRecord, number
 from jaxft.reports.wording import UNKNOWN, change, nats, share, whole
 
 SAMPLE_CHARACTERS = 2000
@@ -60,7 +60,7 @@ UNMEASURED = (
 )
 
 
-def blocks(run: RunFolder, figures: dict[str, Any], images: Sequence[Image]) -> list[Block]:
+def blocks(run: RunRecord, figures: dict[str, Any], images: Sequence[Image]) -> list[Block]:
     """The whole report, in the order in which it is read."""
     return [
         Heading(1, ("Fine-tuning report: ", Code(run.name))),
@@ -138,6 +138,8 @@ def _best_sentence(figures: dict[str, Any]) -> list[Part]:
     best, loss = figures["best_step"], figures["eval_loss"]["best"]
     if best is None:
         return []
+    if figures["eval_loss"]["end"] is None:
+        return ["No rows were held out, so no step is known to be best; the last step's weights are exported. "]
     if best == 0 and figures["step"]:
         return ["No evaluation was better than the base model's: the best step is 0. "]
     at_loss = "" if loss is None else f", with eval_loss {nats(loss)}"
@@ -151,20 +153,18 @@ def _ending_sentence(figures: dict[str, Any]) -> list[Part]:
     return [f"The run has not finished, as far as its folder tells: step {step} of {steps}. "]
 
 
-def _tasks(run: RunFolder, figures: dict[str, Any]) -> list[Block]:
+def _tasks(run: RunRecord, figures: dict[str, Any]) -> list[Block]:
     rows: list[Sequence[Inline]] = []
     for task, scores in figures["tasks"].items():
-        base, tuned = _models(scores)
         for metric in task_metrics(scores):
-            cells = (share(base.get(metric)), _range(base, metric), share(tuned.get(metric)), _range(tuned, metric))
-            rows.append(([Code(task), " ", Code(metric)], *cells))
-        rows.append(([Code(task), " invalid"], share(base.get("invalid")), "", share(tuned.get("invalid")), ""))
-        rows.append(([Code(task), " problems"], whole(base.get("problems")), "", whole(tuned.get("problems")), ""))
+            for name, of in scores.items():
+                cells = share(of.get(metric)), _range(of, metric), share(of.get("invalid")), whole(of.get("problems"))
+                rows.append(([Code(task), " ", Code(metric), f", {name}"], *cells))
     if not rows:
         return [Text(("None: ", Code("eval.tasks"), " was empty, or the run has not come to them."))]
     seen = "data" in run.config and not (run.setting("data.test_split") or run.setting("data.test_files"))
     note = TASK_NOTE + (VALIDATION_NOTE if seen else "")
-    return [Table(("", "Base", "95 % interval", "Tuned", "95 % interval"), rows), Text(note)]
+    return [Table(("", "Score", "95 % interval", "Invalid", "Problems"), rows), Text(note)]
 
 
 def _metrics(figures: dict[str, Any]) -> list[Block]:
@@ -206,7 +206,7 @@ def _overfitting(figures: dict[str, Any]) -> list[Block]:
     return [Table(("", "From", "To", "Change"), rows), Text(parts)]
 
 
-def _samples(run: RunFolder) -> list[Block]:
+def _samples(run: RunRecord) -> list[Block]:
     tasks = run.fact("tasks")
     shown: list[Block] = []
     for task, scores in tasks.items() if isinstance(tasks, dict) else ():
@@ -266,7 +266,7 @@ def _models(scores: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _range(scores: dict[str, Any], metric: str) -> str:
     interval = scores.get(f"{metric}_interval")
-    return f"{share(interval[0])} to {share(interval[1])}" if interval else ""
+    return f"{interval[0] * 100:.1f} to {share(interval[1])}" if interval else ""
 
 
 def _brackets(scores: dict[str, Any], metric: str) -> str:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jaxft.reports.folder import RunFolder, number
+from jaxft.reports.folder import RunRecord, number
 from jaxft.reports.wording import change, share
 
 RISE, RATIO, MARGIN = 0.02, 2.0, 0.10
 OVERFITTING_RULE = (
-    f"raised when eval_loss at the end is more than {RISE * 100:.0f} % above its best, or when train loss fell by more than "
-    f"{RATIO:g} times the share that eval_loss fell (both start to end) and by at least {MARGIN * 100:.0f} points more"
+    f"raised when eval_loss at the end is more than {RISE * 100:.0f} % above its best, or when train loss fell by more "
+    f"than {RATIO:g} times the share that eval_loss fell (both start to end) and by {MARGIN * 100:.0f} points or more"
 )
 TOLD = ("versions", "device", "mesh", "model", "data", "steps", "step", "train_seconds", "wall_seconds", "tokens")
 COUNTS = ("problems", "invalid")  # of a task's scores, beside its metrics
 
 
-def summarise(run: RunFolder) -> dict[str, Any]:
+def summarise(run: RunRecord) -> dict[str, Any]:
     """The figures, JSON-ready; None stands for what the folder does not tell.
 
     `start` is step 0 (the base model) for eval figures and the first log line for train figures; `best` is the step of
@@ -41,7 +41,7 @@ def summarise(run: RunFolder) -> dict[str, Any]:
         "step": _last_step(run),
         "best_step": best,
         "eval_loss": eval_loss,
-        "eval_perplexity": {k: None if v is None else math.exp(min(v, 700.0)) for k, v in eval_loss.items()},
+        "eval_perplexity": {k: None if v is None or v > 700 else math.exp(v) for k, v in eval_loss.items()},
         "eval_mean_token_accuracy": _evaluated(run, "eval_mean_token_accuracy", best),
         "train_loss": train_loss,
         "train_mean_token_accuracy": _trained(run, "mean_token_accuracy", best),
@@ -55,7 +55,7 @@ def summarise(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def best_step(run: RunFolder) -> int | None:
+def best_step(run: RunRecord) -> int | None:
     """The step whose weights are exported: as the run says, else that of the lowest eval_loss."""
     told = run.count("best_step")
     if told is not None:
@@ -78,7 +78,7 @@ def overfitting(train_loss: dict[str, float | None], eval_loss: dict[str, float 
     return {"flag": True if signs else False if known else None, "signs": signs, "rule": OVERFITTING_RULE}
 
 
-def missing(run: RunFolder) -> list[str]:
+def missing(run: RunRecord) -> list[str]:
     """What a whole run's folder would tell and this one does not, in words."""
     words = list(run.damage)
     if run.results and run.fact("state") != "finished":
@@ -92,20 +92,22 @@ def missing(run: RunFolder) -> list[str]:
     if run.results:
         absent = [key for key in TOLD if run.fact(key) is None]
         words += [f"in results.json: {', '.join(absent)}"] if absent else []
-    measured = run.fact("tasks") if isinstance(run.fact("tasks"), dict) else {}
-    for task in run.setting("eval.tasks") or []:
-        scores = measured.get(task) if isinstance(measured.get(task), dict) else {}
-        absent = [model for model in ("base", "tuned") if not isinstance(scores.get(model), dict)]
+    wall, steps = run.count("wall_seconds"), run.count("train_seconds")
+    if wall is not None and steps is not None and steps > wall:
+        words.append("the wall time of earlier starts: wall_seconds is below train_seconds, so the cost is understated")
+    asked, measured = run.setting("eval.tasks"), _tasks(run)
+    for task in filter(lambda name: isinstance(name, str), asked if isinstance(asked, list) else []):
+        absent = [model for model in ("base", "tuned") if model not in measured.get(task, {})]
         words += [f"task {task}: no scores of the {' and the '.join(absent)} model"] if absent else []
     return words
 
 
-def _evaluated(run: RunFolder, key: str, best: int | None) -> dict[str, float | None]:
+def _evaluated(run: RunRecord, key: str, best: int | None) -> dict[str, float | None]:
     at = {r["step"]: number(r.get(key)) for r in run.evaluations}
     return {"start": at.get(0), "best": at.get(best), "end": at[max(at)] if at else None}
 
 
-def _trained(run: RunFolder, key: str, best: int | None) -> dict[str, float | None]:
+def _trained(run: RunRecord, key: str, best: int | None) -> dict[str, float | None]:
     values = [(r["step"], number(r.get(key))) for r in run.train]
     until = [value for step, value in values if best is not None and step <= best]
     return {
@@ -127,13 +129,13 @@ def _fall(start: float | None, end: float | None) -> float | None:
     return None if not start or end is None else 1 - end / start
 
 
-def _last_step(run: RunFolder) -> int | None:
+def _last_step(run: RunRecord) -> int | None:
     seen = [records[-1]["step"] for records in (run.train, run.evaluations) if records]
     told = run.count("step")
     return int(told) if told is not None else max(seen, default=None)
 
 
-def _tasks(run: RunFolder) -> dict[str, dict[str, dict[str, Any]]]:
+def _tasks(run: RunRecord) -> dict[str, dict[str, dict[str, Any]]]:
     tasks = run.fact("tasks")
     if not isinstance(tasks, dict):
         return {}
@@ -146,16 +148,16 @@ def _tasks(run: RunFolder) -> dict[str, dict[str, dict[str, Any]]]:
 
 def _scores(scores: dict[str, Any]) -> dict[str, Any]:
     """A model's numbers and intervals under the task's own names."""
-    kept = {}
-    for key, value in scores.items():
-        if number(value) is not None or (
-            key.endswith("_interval") and isinstance(value, list) and len(value) == 2 and None not in map(number, value)
-        ):
-            kept[key] = value
-    return kept
+    return {
+        key: v for key, v in scores.items() if (_is_pair(v) if key.endswith("_interval") else number(v) is not None)
+    }
 
 
-def _spent(run: RunFolder) -> dict[str, Any]:
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and None not in map(number, value)
+
+
+def _spent(run: RunRecord) -> dict[str, Any]:
     """Time, tokens and money; chips are the run's devices."""
     wall, train = run.count("wall_seconds"), run.count("train_seconds")
     tokens, chips = run.count("tokens"), run.count("device.count")
@@ -164,7 +166,7 @@ def _spent(run: RunFolder) -> dict[str, Any]:
     return {
         "wall_seconds": wall,
         "train_seconds": train,
-        "goodput": None if not wall or train is None else train / wall,
+        "goodput": None if not wall or train is None or train > wall else train / wall,
         "tokens": tokens,
         "tokens_per_second": None if not train or tokens is None else tokens / train,
         "chip_hours": chip_hours,

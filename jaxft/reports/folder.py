@@ -14,8 +14,8 @@ FILES = ("config.json", "metrics.jsonl", "results.json")
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """What a run folder holds; every part may be empty, and `damage` says in words what could not be read."""
+class RunRecord:
+    """What a run folder tells of its run; every part may be empty. `damage` says in words what could not be read."""
 
     path: Path
     config: dict[str, Any]
@@ -42,7 +42,7 @@ class RunFolder:
         return number(self.fact(key))
 
 
-def read(path: Path) -> RunFolder:
+def read(path: Path) -> RunRecord:
     """Reads a run folder; a UserError where `path` is no folder or holds nothing that a run writes."""
     if not path.is_dir():
         raise UserError(f"{path}: {'a file' if path.exists() else 'no such folder'}; expected a run folder (run.dir)")
@@ -58,7 +58,7 @@ def read(path: Path) -> RunFolder:
             f"{path}: not a run folder; expected {', '.join(FILES)} as `python -m jaxft.train` writes them, found "
             + (f"only {', '.join(found)} with nothing of a run in it" if found else "none of them")
         )
-    return RunFolder(path, config, results, _by_step(lines, "loss"), _by_step(lines, "eval_loss"), damage)
+    return RunRecord(path, config, results, _by_step(lines, "loss"), _by_step(lines, "eval_loss"), damage)
 
 
 def number(value: Any) -> float | None:

@@ -6,7 +6,7 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
-from jaxft.reports.folder import RunFolder, number
+from jaxft.reports.folder import RunRecord, number
 
 Points = tuple[list[int], list[float]]  # steps and values
 
@@ -41,7 +41,7 @@ class Plot:
     percent: bool = False
 
 
-def plots(run: RunFolder, best_step: int | None) -> list[Plot]:
+def plots(run: RunRecord, best_step: int | None) -> list[Plot]:
     """The charts that the folder's metrics allow: loss, token accuracy, learning rate, gradient norm."""
     charts = [
         Plot("loss", "Loss, nats per token", "Train and validation loss against the step",
@@ -92,6 +92,7 @@ def _draw(axes: Any, plot: Plot, theme: Theme) -> None:
     elif plot.name == "learning_rate":
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
         axes.yaxis.get_offset_text().set_color(theme.ink)
+        axes.set_ylim(bottom=0)
     if plot.validation:
         axes.legend(frameon=False, labelcolor=theme.ink, fontsize=9)
 

@@ -20,6 +20,8 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     """
     if name in BUILTIN:
         return BUILTIN[name]
+    if not name:
+        raise UserError(f"model.name: not set; give a local folder, a Hub id such as owner/model, or {', '.join(BUILTIN)}")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -49,6 +51,8 @@ def _download(name: str, revision: str | None) -> Path:
             f"{where} is neither a folder here ({Path(name).absolute()}) nor a repository that you may read; "
             "check the spelling, or for a private one run `hf auth login`"
         ) from error
+    except errors.HFValidationError as error:
+        raise UserError(f"{where} is neither a folder here ({Path(name).absolute()}) nor a Hub id: {error}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         raise UserError(
             f"{where} is not a folder here ({Path(name).absolute()}), not in the Hub's cache, and the Hub cannot be "
@@ -66,7 +70,7 @@ def read_json(file: Path, what: str) -> Mapping[str, Any]:
         raise UserError(f"{file}: missing; {what} needs it") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
-    except (UnicodeDecodeError, RecursionError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # not text, absurdly long numbers or nesting, unreadable
         raise UserError(f"{file}: cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}")

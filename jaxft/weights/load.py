@@ -35,11 +35,11 @@ def stored_dtype(folder: Path, files: Mapping[str, Slice] | None, arch: Arch) ->
     """
     embedding = (files or {}).get(f"{arch.names.embed}.weight")
     if embedding is not None:
-        stored = embedding.dtype
+        stored = embedding.dtype.name
     else:
         config = read_json(folder / "config.json", "every model")
         stored = config.get("dtype") or config.get("torch_dtype")
-    return jnp.dtype(jnp.bfloat16 if stored == jnp.bfloat16 else jnp.float32)
+    return jnp.dtype(jnp.bfloat16 if stored == "bfloat16" else jnp.float32)
 
 
 def load_base(files: Mapping[str, Slice], rows: Iterable[Tensor], mesh: Mesh) -> dict[str, jax.Array]:

@@ -28,7 +28,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UNSUPPORTED = (
     "use_dora fan_in_fan_out use_qalora modules_to_save layer_replication trainable_token_indices target_parameters "
     "alora_invocation_tokens lora_bias megatron_config arrow_config use_bdlora kasa_config monteclora_config"
-).split()  # noqa: SIM905
+).split()
 # Initialisations that leave the base's own weights alone; PiSSA, OLoRA, CorDA and LoftQ change them.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga")
 

@@ -101,12 +101,14 @@ def _header(file: Path) -> tuple[Mapping[str, Any], int, int]:
 
 def _slice(file: Path, name: str, entry: Any, start: int, size: int) -> Slice:
     try:
-        kind, shape, (begin, end) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
+        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: {name}: damaged header entry") from error
-    if kind not in DTYPES:
+    if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+        raise UserError(f"{file}: {name}: damaged header entry: shape and data_offsets must be counts")
+    if not isinstance(kind, str) or kind not in DTYPES:
         raise UserError(f"{file}: {name}: dtype {kind} is not supported; supported: {', '.join(DTYPES)}")
-    if any(n < 0 for n in shape) or not 0 <= begin <= end or end - begin != math.prod(shape) * DTYPES[kind].itemsize:
+    if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
         raise UserError(f"{file}: {name}: {end - begin} bytes do not make {kind} {shape}")
     if start + end > size:
         raise UserError(f"{file}: truncated: {size} bytes, expected at least {start + end}; download it again")

@@ -1,0 +1,205 @@
+"""The train verb as a whole, on a random start of the embedded base, so that nothing but the code is needed."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import jaxft
+from jaxft import config, train
+from jaxft.errors import UserError, one_line, run_verb
+from jaxft.learn.loop import Loop
+
+SHORT = [
+    "--model.init", "random", "--data.limit", "60", "--data.max_length", "96", "--optim.max_steps", "20",
+    "--eval.every_steps", "5", "--run.log_every", "4", "--eval.tasks", "--eval.samples", "0",
+]  # fmt: skip
+TIMES = {"tokens_per_second", "eval_seconds"}
+
+
+def start(folder, *more):
+    """Runs the train verb in this process."""
+    train.main(["--config", "tiny_cpu.py", "--run.dir", str(folder), *SHORT, *more])
+    return folder
+
+
+def lines(folder):
+    """metrics.jsonl without what a clock decides."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Most of these runs are about files and order, and quicker on one device than on eight that share two cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda devices=tuple(jax.devices()): list(devices[:1]))
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return start(tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_a_run_folder_holds_what_is_promised(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    names = {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "report.md", "report.html", "plots"}
+    assert names | {"report.json"} <= {path.name for path in finished.iterdir()}
+    assert json.loads((finished / "config.json").read_text())["optim"]["max_steps"] == 20
+    logged = [r for r in lines(finished) if "loss" in r]
+    wanted = {"step", "epoch", "loss", "mean_token_accuracy", "learning_rate", "grad_norm", "num_tokens"}
+    assert [r["step"] for r in logged] == [4, 8, 12, 16, 20]
+    assert all(wanted <= r.keys() for r in logged)
+    evaluated = [r for r in lines(finished) if "eval_loss" in r]
+    assert [r["step"] for r in evaluated] == [0, 5, 10, 15, 20]
+    assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"] - 0.5
+    board = EventAccumulator(str(finished / "tensorboard")).Reload()
+    assert [e.step for e in board.Scalars("eval/loss")] == [0, 5, 10, 15, 20]
+    assert board.Scalars("train/loss")[-1].value == pytest.approx(logged[-1]["loss"], rel=1e-6)
+    adapter = {path.name for path in (finished / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= adapter
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, tmp_path, monkeypatch):
+    """Stopped between two checkpoints, after lines were logged that the resumed run logs again."""
+    once = Loop._train_once
+
+    def stop_at_13(self):
+        once(self)
+        if self.step == 13:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Loop, "_train_once", stop_at_13)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path)
+    monkeypatch.setattr(Loop, "_train_once", once)
+    start(tmp_path)
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / weights).read_bytes() == (finished / weights).read_bytes()
+    assert lines(tmp_path) == lines(finished)
+
+
+def test_eight_devices_log_the_losses_of_one(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "devices", jax.local_devices)
+    start(tmp_path, "--mesh.data", "4", "--mesh.fsdp", "2", "--optim.max_steps", "20")
+    for one, eight in zip(lines(finished), lines(tmp_path), strict=True):
+        assert eight == pytest.approx(one, rel=2e-4)  # a sum's order, amplified by twenty Adam steps
+
+
+def test_an_ended_run_is_left_alone_and_other_settings_are_refused(finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    start(finished)
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"optim.learning_rate 0.01 → 0.1"):
+        start(finished, "--optim.learning_rate", "0.1")
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_never_gets_better_stops_early_and_gives_the_adapter_of_step_0(tmp_path):
+    from safetensors.numpy import load_file
+
+    start(tmp_path, "--optim.learning_rate", "0", "--eval.every_steps", "2", "--eval.patience", "3")
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert (report["step"], report["best_step"]) == (6, 0)
+    assert "early stop" in report["ended"]
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(not value.any() for name, value in adapter.items() if "lora_B" in name)
+    assert any(value.any() for name, value in adapter.items() if "lora_A" in name)
+
+
+def test_training_every_weight_writes_a_model_that_transformers_reads(tmp_path):
+    import torch
+    import transformers
+
+    start(tmp_path, "--lora", "none", "--optim.learning_rate", "1e-3", "--eval.samples", "1")
+    folder = tmp_path / "model"
+    model, tokenizer = jaxft.load(str(folder))
+    ids = np.array([tokenizer("Tom has 3 apples.")["input_ids"]])
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = oracle(torch.from_numpy(ids)).logits.numpy()
+    assert np.abs(model(ids) - expected).max() < 1e-4 * np.ptp(expected)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_training_goes_on_from_an_adapter(finished, tmp_path):
+    start(tmp_path, "--model.adapter", str(finished / "adapter"), "--optim.max_steps", "2")
+    first, last = lines(tmp_path)[0], [r for r in lines(finished) if "eval_loss" in r][-1]
+    assert first["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-6)
+
+
+def test_without_packing_and_without_validation_a_run_ends_with_its_last_step(tmp_path):
+    start(tmp_path, "--data.packing", "false", "--data.validation_fraction", "0", "--optim.max_steps", "3")
+    assert json.loads((tmp_path / "results.json").read_text())["best_step"] == 3
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_batch_that_does_not_split_over_the_devices_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "devices", jax.local_devices)
+    with pytest.raises(UserError, match="multiple of 8"):
+        start(tmp_path / "run", "--optim.batch_size", "6")
+
+
+ROW = '{"question": "1+1?", "answer": "2\\n#### 2"}\n'
+MISTAKES = {
+    "a missing model folder": (["--model.name", "./no_such_model"], None, "no_such_model"),
+    "a missing data file": (["--data.files", "gone.jsonl"], None, "gone.jsonl"),
+    "an empty data file": ([], "", "rows.jsonl"),
+    "a line that is no JSON": ([], ROW + ROW + "{oops\n", "rows.jsonl:3"),
+    "a row without the fields": ([], ROW + '{"prompt": "x", "text": 3}\n', "rows.jsonl:2"),
+    "an unknown key": (["--optim.lr", "1"], None, "did you mean optim.learning_rate?"),
+    "a target that matches nothing": (["--lora.targets", "query"], None, "q_proj"),
+    "an unknown task": (["--eval.tasks", "gsm8k"], None, "final_answer"),
+    "a mesh that does not multiply": (["--mesh.data", "3"], None, "1 device"),
+    "an adapter that is not there": (["--model.adapter", "nowhere"], None, "nowhere"),
+    "answers that do not fit": (["--data.max_length", "4"], ROW * 4, "data.max_length"),
+    "a chat template that is not there": (["--data.template", "chat"], None, "data.template"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_2_and_writes_nothing(mistake, tmp_path, monkeypatch, capsys):
+    more, rows, said = MISTAKES[mistake]
+    if rows is not None:
+        (tmp_path / "rows.jsonl").write_text(rows)
+        more = [*more, "--data.files", str(tmp_path / "rows.jsonl")]
+    folder = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["train", "--config", "tiny_cpu.py", "--run.dir", str(folder), *SHORT, *more])
+    with pytest.raises(SystemExit) as stopped:
+        run_verb(train.main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert said in error
+    assert not folder.exists()
+
+
+def test_rows_whose_answers_do_not_fit_are_counted_and_harmless(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    long = json.dumps({"question": "how many words are here? " * 30, "answer": "1\n#### 1"}) + "\n"
+    rows.write_text("".join(ROW.replace("1+1", f"{i}+1") for i in range(40)) + long * 3)
+    start(tmp_path / "run", "--data.files", str(rows), "--optim.max_steps", "4", "--data.validation_fraction", "0.1")
+    said = capsys.readouterr().out
+    assert re.search(r"\d are cut at 96 tokens and [123] dropped", said)
+    assert all(np.isfinite(v) for record in lines(tmp_path / "run") for v in record.values())
+
+
+def test_a_mistake_ends_a_real_process_with_exit_2_and_no_traceback():
+    command = [sys.executable, "-m", "jaxft.train", "--config", "tiny_cpu.py", "--optim.lerning_rate", "1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr == one_line(ended.stderr) + "\n"
+    assert "did you mean optim.learning_rate?" in ended.stderr
+
+
+def test_the_loaded_config_is_that_of_the_published_runs():
+    made = config.load("gsm8k_published.py")
+    assert (made.lora.rank, made.lora.alpha, made.lora.dropout, made.lora.bias) == (8, 16, 0.1, "none")
+    assert (made.optim.learning_rate, made.optim.epochs, made.eval.patience) == (2e-4, 3, 5)
+    assert (made.data.validation_fraction, made.optim.accumulation_steps) == (0.1, 1)
