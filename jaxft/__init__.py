@@ -26,7 +26,12 @@ def load(name: str, dtype: str = "float32", adapter: str | None = None) -> tuple
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[str]:
     """What `model` adds to each prompt, up to its end-of-text token; greedy at temperature 0, else sampled from `seed`."""
     from jaxft.evals.decode import complete

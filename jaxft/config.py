@@ -301,7 +301,9 @@ def apply(config: Config, overrides: typing.Sequence[str], source: str = "the co
     return parse(Config, arguments, default=config, description=f"Values in brackets are those of {source}.")
 
 
-def parse(record: type, arguments: list[str], default: Any = None, prog: str | None = None, description: str = "") -> Any:
+def parse(
+    record: type, arguments: list[str], default: Any = None, prog: str | None = None, description: str = ""
+) -> Any:
     """`record` filled from `arguments` by tyro; its complaints become one UserError. `--help` prints and leaves."""
     import tyro
 

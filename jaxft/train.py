@@ -88,11 +88,11 @@ def run(settings: config.Config) -> None:
     started = start(job, folder)
     if started.stand is None:
         _measure_tasks(job, started, folder, "base", started.state.trainable)
-    loop, reason = _train(job, started, folder)
+    loop, reason = _train(job, started, folder, began)
     best = _best(started, loop)
     print(f"{reason}; best step {loop.stand.best_step}")
     _measure_tasks(job, started, folder, "tuned", best)
-    _finish(job, started, folder, loop, reason, best, time.monotonic() - began)
+    _finish(job, started, folder, loop, reason, best)
 
 
 def prepare(settings: config.Config) -> Job:
@@ -184,7 +184,9 @@ def _banner(job: Job, folder: RunFolder, resumed: int | None) -> None:
     shape = ", ".join(f"{name}={size}" for name, size in job.mesh.shape.items())
     data = job.data.facts
     print(f"model: {model['name']} ({model['family']}, {model['dtype']})")
-    print(f"trainable params: {trainable:,} || all params: {parameters:,} || trainable%: {100 * trainable / parameters:.4f}")
+    print(
+        f"trainable params: {trainable:,} || all params: {parameters:,} || trainable%: {100 * trainable / parameters:.4f}"
+    )
     for note in job.data.notes:
         print(note)
     print(f"device: {device['count']} × {device['kind']}, mesh {shape}")
@@ -212,7 +214,7 @@ def _measure_tasks(job: Job, started: Started, folder: RunFolder, side: str, tra
         )
 
 
-def _train(job: Job, started: Started, folder: RunFolder) -> tuple[Loop, str]:
+def _train(job: Job, started: Started, folder: RunFolder, began: float) -> tuple[Loop, str]:
     from jaxft.learn import step
     from jaxft.learn.loop import Loop, Parts
     from jaxft.learn.metrics import Metrics
@@ -231,7 +233,7 @@ def _train(job: Job, started: Started, folder: RunFolder) -> tuple[Loop, str]:
         metrics=metrics,
         sampler=_sampler(job, started),
     )
-    loop = Loop(job.config, parts, job.steps, started.state, started.stand)
+    loop = Loop(job.config, parts, job.steps, started.state, started.stand, began)
     try:
         return loop, loop.run()
     finally:
@@ -262,15 +264,13 @@ def _best(started: Started, loop: Loop) -> dict[str, Any]:
     return state.trainable
 
 
-def _finish(
-    job: Job, started: Started, folder: RunFolder, loop: Loop, reason: str, best: dict[str, Any], seconds: float
-) -> None:
+def _finish(job: Job, started: Started, folder: RunFolder, loop: Loop, reason: str, best: dict[str, Any]) -> None:
     from jaxft import report
 
     stand = loop.stand
     folder.update({
         "ended": reason, "step": loop.step, "best_step": stand.best_step, "best_loss": stand.best_loss,
-        "train_seconds": stand.seconds, "wall_seconds": seconds, "tokens": stand.tokens,
+        "train_seconds": stand.seconds, "wall_seconds": loop.wall_seconds(), "tokens": stand.tokens,
     })  # fmt: skip
     _export(job, started.loaded, folder, best)
     folder.update({"state": "finished"})

@@ -30,11 +30,10 @@ def test_a_config_is_found_by_path_and_by_name_and_names_its_run_folder(file):
 
 
 def test_every_field_can_be_overridden_with_hyphens_or_underscores(file):
-    made = config.load(
-        file,
-        ["--optim.learning-rate", "1e-3", "--optim.max_steps", "7", "--data.files", "a.jsonl", "b.jsonl", "--lora.rank=4"]
-        + ["--data.packing", "false", "--eval.patience", "none", "--lora.targets", "q_proj", "v_proj", "--run.seed", "3"],
-    )
+    optim = "--optim.learning-rate 1e-3 --optim.max_steps 7 --run.seed 3"
+    data = "--data.files a.jsonl b.jsonl --data.packing false"
+    lora = "--lora.rank=4 --lora.targets q_proj v_proj --eval.patience none"
+    made = config.load(file, f"{optim} {data} {lora}".split())
     assert made.optim.learning_rate == 1e-3
     assert made.optim.max_steps == 7
     assert made.data.files == ("a.jsonl", "b.jsonl")
@@ -94,7 +93,10 @@ def test_a_wrong_override_is_one_line_that_says_what_is_wrong(file, overrides, s
         ("import nothing_of_that_name", "nothing_of_that_name"),
         ("from jaxft.config import *\nconfig = Config(optim=Optim(lr=1))", "did you mean optim.learning_rate?"),
         ("from jaxft.config import *\nconfig = Config(optims=3)", "unknown key optims"),
-        (MINIMAL.replace("Config(model", 'Config(optim=Optim(learning_rate="x"), model'), "optim.learning_rate: expected"),
+        (
+            MINIMAL.replace("Config(model", 'Config(optim=Optim(learning_rate="x"), model'),
+            "optim.learning_rate: expected",
+        ),
         (MINIMAL.replace("Config(model", "Config(optim=3, model"), "optim: expected Optim"),
     ],
 )

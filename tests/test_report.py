@@ -13,7 +13,7 @@ import pytest
 from jaxft import config, report
 from jaxft.errors import UserError
 from jaxft.evals.answers import score, summary
-from jaxft.reports import document
+from jaxft.reports import document, plots
 
 TAGS = '</pre><script>alert(1)</script><img src="http://evil.example/x.png">'
 HOSTILE = TAGS + " | `a` ```` \x1b[31m\u202e\ud800 & **b** [c](d)"
@@ -78,6 +78,12 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Plots take most of a report's time; where a test does not look at them they stay empty."""
+    monkeypatch.setattr(plots, "png", lambda plot, theme: b"")
+
+
 def read(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
 
@@ -129,7 +135,7 @@ def test_task_metrics_keep_their_names_and_intervals(run):
     assert "is not task accuracy" in written
 
 
-def test_cost_is_hours_times_chips_times_price_and_unknown_without_a_price(run, tmp_path):
+def test_cost_is_hours_times_chips_times_price_and_unknown_without_a_price(run, tmp_path, undrawn):
     figures = read(run)
     assert figures["chip_hours"] == 0.5 * 4
     assert figures["cost_usd"] == 0.5 * 4 * 1.5
@@ -206,7 +212,7 @@ def test_the_same_folder_gives_the_same_bytes(run, tmp_path):
     assert all((again / p).read_bytes() == (run / p).read_bytes() for p in written)
 
 
-def test_a_half_finished_run_is_reported_with_what_is_missing(tmp_path):
+def test_a_half_finished_run_is_reported_with_what_is_missing(tmp_path, undrawn):
     folder = finished(tmp_path / "half")
     results = json.loads((folder / "results.json").read_text())
     begun = {k: results[k] for k in ("jaxft", "versions", "started", "device", "mesh", "model", "data", "steps")}
@@ -223,7 +229,7 @@ def test_a_half_finished_run_is_reported_with_what_is_missing(tmp_path):
     assert "has not finished" in (folder / "report.md").read_text()
 
 
-def test_damaged_files_are_named_and_the_rest_is_reported(tmp_path):
+def test_damaged_files_are_named_and_the_rest_is_reported(tmp_path, undrawn):
     folder = finished(tmp_path / "damaged")
     (folder / "config.json").write_bytes(b'{"model": \xff')
     text = (folder / "metrics.jsonl").read_text()
@@ -261,9 +267,9 @@ def test_what_is_no_run_folder_is_the_users_mistake(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_several_runs_are_compared_on_stdout(run, tmp_path, capsys):
+def test_several_runs_are_compared_on_stdout(tmp_path, capsys, undrawn):
     other = finished(tmp_path / "other", price=None, metrics=lines(evaluations=((0, 2.0, 0.4), (10, 1.0, 0.6))))
-    assert report.main([str(run), str(other)]) == 0
+    assert report.main([str(finished(tmp_path / "finished")), str(other)]) == 0
     said = capsys.readouterr().out
     table = {re.split(r" {2,}", line)[0]: re.split(r" {2,}", line)[1:] for line in said.splitlines() if line}
     assert table[""] == ["finished", "other"]

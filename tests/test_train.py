@@ -36,8 +36,9 @@ def lines(folder):
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
     """Most of these runs are about files and order, and quicker on one device than on eight that share two cores."""
+    first = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda devices=tuple(jax.devices()): list(devices[:1]))
+        patch.setattr(jax, "devices", lambda: first)
         yield patch
 
 
@@ -49,7 +50,16 @@ def finished(tmp_path_factory):
 def test_a_run_folder_holds_what_is_promised(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    names = {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "report.md", "report.html", "plots"}
+    names = {
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "adapter",
+        "report.md",
+        "report.html",
+        "plots",
+    }
     assert names | {"report.json"} <= {path.name for path in finished.iterdir()}
     assert json.loads((finished / "config.json").read_text())["optim"]["max_steps"] == 20
     logged = [r for r in lines(finished) if "loss" in r]

@@ -57,7 +57,9 @@ def build(
                 f"dropped, because no token of the answer fits (longest {count.longest})"
             )
     facts = _facts(splits, template, counts, loader, len(held))
-    return Dataset(loader, validation, splits.validation or splits.train, splits.test or splits.validation, template, facts, notes)
+    return Dataset(
+        loader, validation, splits.validation or splits.train, splits.test or splits.validation, template, facts, notes
+    )
 
 
 def _length(data: Data, longest: int, examples: list[Example]) -> int:

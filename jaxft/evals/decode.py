@@ -63,7 +63,9 @@ class Generator:
             if not prompt:
                 raise UserError(f"prompt {i}: empty; give at least one token")
             if max(prompt) >= self.vocab_size:
-                raise UserError(f"prompt {i}: token {max(prompt)} is beyond the model's vocabulary of {self.vocab_size}")
+                raise UserError(
+                    f"prompt {i}: token {max(prompt)} is beyond the model's vocabulary of {self.vocab_size}"
+                )
             if len(prompt) + max_new_tokens > self.max_positions:
                 raise UserError(
                     f"prompt {i}: {len(prompt)} tokens + {max_new_tokens} new ones exceed the model's {self.max_positions} "
@@ -84,7 +86,16 @@ def _padded(prompts: list[Sequence[int]], indices: list[int], rows: int) -> tupl
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "new"))
 def _generate(
-    graphdef: Any, trainable: Any, frozen: Any, tokens: Any, lengths: Any, ids: Any, key: Any, temperature: Any, eos: Any, new: int
+    graphdef: Any,
+    trainable: Any,
+    frozen: Any,
+    tokens: Any,
+    lengths: Any,
+    ids: Any,
+    key: Any,
+    temperature: Any,
+    eos: Any,
+    new: int,
 ) -> jax.Array:
     """int32 `[B,new]`; after a row's EOS, EOS again."""
     model = decoder.join(graphdef, trainable, frozen)
@@ -104,9 +115,7 @@ def _generate(
 
     def step(carry: Any) -> Any:
         t, token, done, out, cache = carry
-        h, cache = model.hidden(
-            token[:, None], (lengths + t - 1)[:, None], jnp.ones((B, 1), jnp.int32), cache=cache
-        )
+        h, cache = model.hidden(token[:, None], (lengths + t - 1)[:, None], jnp.ones((B, 1), jnp.int32), cache=cache)
         token = jnp.where(done, eos[0], choose(h[:, 0], t))
         done = done | jnp.any(token[:, None] == eos[None, :], axis=1)
         return t + 1, token, done, jax.lax.dynamic_update_slice(out, token[:, None], (jnp.int32(0), t)), cache

@@ -53,7 +53,9 @@ def check_final_answer(rows: Sequence[Row]) -> None:
     """Raises UserError where references have no final answer."""
     without = [row for row in rows if answers.final_answer(row.turns[-1].content) is None]
     if not rows:
-        raise UserError("eval.tasks: final_answer has no rows; set data.test_split, data.test_files or validation_fraction")
+        raise UserError(
+            "eval.tasks: final_answer has no rows; set data.test_split, data.test_files or validation_fraction"
+        )
     if without:
         raise UserError(
             f"eval.tasks: final_answer needs `#### NUMBER` in every reference; {len(without)} of {len(rows)} have none, "

@@ -35,6 +35,7 @@ class Stand:
     bad_evaluations: int = 0
     tokens: int = 0  # real tokens trained on
     seconds: float = 0.0  # spent in training steps, over all starts, compiling apart
+    wall_seconds: float = 0.0  # of everything, over all starts, up to the last checkpoint of each
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # nll, correct, weight since the last log line
 
 
@@ -57,10 +58,12 @@ class Parts:
 class Loop:
     """One run's loop from `state` to the last step, or until patience runs out."""
 
-    def __init__(self, config: Config, parts: Parts, steps: int, state: TrainState, stand: Stand | None):
+    def __init__(self, config: Config, parts: Parts, steps: int, state: TrainState, stand: Stand | None, began: float):
+        """`began` is `time.monotonic()` at the start of this process's work, for the seconds of everything."""
         self.config, self.parts, self.steps = config, parts, steps
         self.state, self.step = state, int(state.step)
         self.stand, self._resumed = stand or Stand(), stand is not None
+        self._began = began - self.stand.wall_seconds
         self.progress = Progress(steps, self.step)
         self._key = jax.random.key(config.run.seed)
         self._pending: list[dict[str, jax.Array]] = []
@@ -81,6 +84,10 @@ class Loop:
                     self._evaluate_and_save()
         self.parts.checkpoints.wait()
         return reason
+
+    def wall_seconds(self) -> float:
+        """Seconds of this start so far and of the earlier ones."""
+        return time.monotonic() - self._began
 
     def _ended(self) -> str | None:
         patience, stand = self.config.eval.patience, self.stand
@@ -143,6 +150,7 @@ class Loop:
             self.stand.best_step = self.step
         else:
             self._evaluate(self.parts.validation)
+        self.stand.wall_seconds = self.wall_seconds()
         self.parts.checkpoints.save(self.step, self.state, dataclasses.asdict(self.stand), self.stand.best_step)
         self._since = time.monotonic()
 
@@ -152,7 +160,9 @@ class Loop:
         loss, accuracy = measure(parts.eval_step, self.state.trainable, parts.frozen, validation, parts.mesh)
         record = {"step": self.step, "epoch": self._epoch(), "eval_loss": loss, "eval_mean_token_accuracy": accuracy}
         if not math.isfinite(loss):
-            raise UserError(f"eval_loss is {loss} at step {self.step}; lower optim.learning_rate and start in a new run.dir")
+            raise UserError(
+                f"eval_loss is {loss} at step {self.step}; lower optim.learning_rate and start in a new run.dir"
+            )
         stand = self.stand
         better = stand.best_loss is None or loss < stand.best_loss - self.config.eval.min_delta
         if better:
@@ -161,7 +171,9 @@ class Loop:
             stand.bad_evaluations += 1
         self.parts.metrics.write(record | {"eval_seconds": time.monotonic() - began})
         mark = "best" if better else f"best {stand.best_loss:.4f} at step {stand.best_step}"
-        self.progress.say(f"step {self.step:>5}/{self.steps}  eval_loss {loss:.4f}  eval_accuracy {accuracy:.3f}  ({mark})")
+        self.progress.say(
+            f"step {self.step:>5}/{self.steps}  eval_loss {loss:.4f}  eval_accuracy {accuracy:.3f}  ({mark})"
+        )
         if self.parts.sampler is not None:
             self.parts.metrics.text("samples", self.parts.sampler(self.state.trainable), self.step)
 
@@ -180,7 +192,9 @@ def place_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     return place(mesh, {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}, ("batch", None))
 
 
-def measure(eval_step: Callable[..., Tally], trainable: Any, frozen: Any, loader: Loader, mesh: Mesh) -> tuple[float, float]:
+def measure(
+    eval_step: Callable[..., Tally], trainable: Any, frozen: Any, loader: Loader, mesh: Mesh
+) -> tuple[float, float]:
     """`(loss, token accuracy)` over all examples of `loader`: Σ nll / Σ tokens and Σ correct / Σ tokens."""
     parts = [eval_step(trainable, frozen, place_batch(batch, mesh)) for batch in loader.evaluation_batches()]
     nll, correct, weight = (math.fsum(map(float, column)) for column in zip(*jax.device_get(parts)))

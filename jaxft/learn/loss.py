@@ -28,7 +28,7 @@ def tally(model: Decoder, h: jax.Array, targets: jax.Array, weights: jax.Array) 
 
     Logits are formed `[B,chunk,V]` at a time and formed again in the backward pass.
     """
-    (B, S, D), V = h.shape, model.arch.vocab_size
+    (B, S, _), V = h.shape, model.arch.vocab_size
     chunks = _chunks(S, max(1, CHUNK_ELEMENTS // (B * V)))
     if chunks == 1:
         return _tally(model, h, targets, weights)

@@ -20,7 +20,9 @@ def schedule(optim: Optim, steps: int) -> optax.Schedule:
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest),
     }[optim.schedule]
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup]) if warmup else after
+    return (
+        optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup]) if warmup else after
+    )
 
 
 def warmup_steps(warmup: float, steps: int) -> int:

@@ -30,7 +30,9 @@ def dense(
     K = k_BTKH.shape[2]
     q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
     scores = jnp.einsum("BSKGH,BTKH->BKGST", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32) * scale
-    visible = (q_segments[:, :, None] == kv_segments[:, None, :]) & (kv_positions[:, None, :] <= q_positions[:, :, None])
+    visible = (q_segments[:, :, None] == kv_segments[:, None, :]) & (
+        kv_positions[:, None, :] <= q_positions[:, :, None]
+    )
     # Finite, so that a row that sees nothing (an unused cache row) is uniform and not NaN.
     scores = jnp.where(visible[:, None, None], scores, jnp.float32(-1e30))
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BTKH.dtype)
@@ -39,7 +41,14 @@ def dense(
 
 @functools.partial(jax.checkpoint, static_argnums=(7,))
 def _blocked(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_at: jax.Array, kv_at: jax.Array, q_in: jax.Array, kv_in: jax.Array, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_at: jax.Array,
+    kv_at: jax.Array,
+    q_in: jax.Array,
+    kv_in: jax.Array,
+    scale: float,
 ) -> jax.Array:
     size = max(MIN_BLOCK, -(-q.shape[1] // MAX_BLOCKS))
     parts = []

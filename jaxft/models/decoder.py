@@ -75,9 +75,7 @@ class Block(nnx.Module):
             shape, bias = arch.linear_shapes(layers[0])[paths[0]], getattr(spec, LINEAR_BIAS[name])
             setattr(self, name, Linear(paths, shape, LINEAR_AXES[name], plan, bias=bias, dtype=dtype))
 
-    def __call__(
-        self, h: jax.Array, context: Context, cache: Any, key: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, h: jax.Array, context: Context, cache: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
         """h `[B,S,D]` -> h, and the cache `(keys, values)`, each `[B,T,K,H]`, with this call's written in."""
         x = self.input_norm(h)
         mixed, cache = self._attend(x, _dropped(x, key, 0, self.q_proj, self.k_proj, self.v_proj), context, cache)
@@ -87,9 +85,7 @@ class Block(nnx.Module):
         inner = ops.gated(self.gate_proj(x, dropped), self.up_proj(x, dropped))
         return h + self.down_proj(inner, _dropped(inner, key, 3, self.down_proj)), cache
 
-    def _attend(
-        self, x: jax.Array, dropped: jax.Array | None, context: Context, cache: Any
-    ) -> tuple[jax.Array, Any]:
+    def _attend(self, x: jax.Array, dropped: jax.Array | None, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         spec, (B, S, _) = self.spec, x.shape
         q = self.q_proj(x, dropped).reshape(B, S, spec.heads, spec.head_dim)
         k = self.k_proj(x, dropped).reshape(B, S, spec.kv_heads, spec.head_dim)
@@ -132,7 +128,9 @@ class Stage(nnx.Module):
         self, h: jax.Array, context: Context, cache: Any, key: jax.Array | None, remat: str, mesh: Mesh | None
     ) -> tuple[jax.Array, Any]:
         graphdef, stacked = nnx.split(self.blocks)
-        indices = self.first + jnp.arange(self.repeats * self.period, dtype=jnp.int32).reshape(self.repeats, self.period)
+        indices = self.first + jnp.arange(self.repeats * self.period, dtype=jnp.int32).reshape(
+            self.repeats, self.period
+        )
 
         def body(h: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             state, index, kv = layer
@@ -214,8 +212,9 @@ class Decoder(nnx.Module):
 
         `key` turns adapter dropout on. With a cache, `cache.used + S` must not exceed its T slots.
         """
-        h = self.embed[...].astype(self.dtype)[tokens]
-        h = constrain(h, HIDDEN_AXES, self.mesh)
+        # Gathered over fsdp before the look-up: otherwise the partitioner replicates the rows looked up to reshard them.
+        table_VD = constrain(self.embed[...].astype(self.dtype), ("vocab", None), self.mesh)
+        h = constrain(table_VD[tokens], HIDDEN_AXES, self.mesh)
         if cache is None:
             context, layers = Context(positions, segments, positions, segments, None), [None] * len(self.stages)
         else:

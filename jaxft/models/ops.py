@@ -12,7 +12,7 @@ from jaxft.models.arch import Llama3Scaling, Rope
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x `[..., D]` over its root mean square, in fp32, rounded to x's dtype and then scaled by `weight` `[D]`, as transformers does."""
+    """x `[..., D]` over its root mean square in fp32, rounded to x's dtype, then scaled by `weight` `[D]` (as transformers)."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * _like(weight, x)

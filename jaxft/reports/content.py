@@ -30,7 +30,7 @@ SAMPLES_PER_TASK = 3
 TASK_NOTE = (
     "Each model writes its own answers to the same prompts; one counts when its final answer is the reference's. "
     "Intervals are Wilson's, for the draw of the problems alone. Invalid is the share of answers in which no final "
-    "answer could be read; they count as wrong. Tuned means the weights of the best step."
+    "answer could be read; they count as wrong. n is the number of problems. Tuned means the weights of the best step."
 )
 VALIDATION_NOTE = (
     " The problems are validation rows, on which the best step was chosen too, so the tuned score flatters."
@@ -164,7 +164,7 @@ def _tasks(run: RunRecord, figures: dict[str, Any]) -> list[Block]:
         return [Text(("None: ", Code("eval.tasks"), " was empty, or the run has not come to them."))]
     seen = "data" in run.config and not (run.setting("data.test_split") or run.setting("data.test_files"))
     note = TASK_NOTE + (VALIDATION_NOTE if seen else "")
-    return [Table(("", "Score", "95 % interval", "Invalid", "Problems"), rows), Text(note)]
+    return [Table(("", "Score", "95 % interval", "Invalid", "n"), rows), Text(note)]
 
 
 def _metrics(figures: dict[str, Any]) -> list[Block]:

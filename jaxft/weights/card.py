@@ -25,7 +25,9 @@ def write_card(folder: Path, settings: dict[str, Any], results: dict[str, Any], 
         f"{results['data']['train_rows']:,} rows, {results['data']['trained_tokens']:,} supervised tokens an epoch.",
         "",
         f"- trainable parameters: {model['trainable']:,} of {model['parameters']:,}",
-        "- every weight" if lora is None else f"- LoRA r={lora['rank']}, α={lora['alpha']:g}, dropout {lora['dropout']:g}",
+        "- every weight"
+        if lora is None
+        else f"- LoRA r={lora['rank']}, α={lora['alpha']:g}, dropout {lora['dropout']:g}",
         f"- AdamW, learning rate {settings['optim']['learning_rate']:g}, {settings['optim']['schedule']}",
     ]
     if best_loss is not None:

@@ -21,7 +21,9 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     if name in BUILTIN:
         return BUILTIN[name]
     if not name:
-        raise UserError(f"model.name: not set; give a local folder, a Hub id such as owner/model, or {', '.join(BUILTIN)}")
+        raise UserError(
+            f"model.name: not set; give a local folder, a Hub id such as owner/model, or {', '.join(BUILTIN)}"
+        )
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -30,7 +32,9 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     if folder.is_file():
         raise UserError(f"model.name: {name} is a file; give the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"model.name: no folder {name} (looked at {folder.absolute()}); a Hub id looks like owner/model")
+        raise UserError(
+            f"model.name: no folder {name} (looked at {folder.absolute()}); a Hub id looks like owner/model"
+        )
     return _download(name, revision)
 
 
@@ -45,7 +49,9 @@ def _download(name: str, revision: str | None) -> Path:
             f"{where} is gated; accept its licence at https://huggingface.co/{name}, then run `hf auth login` or set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise UserError(f"{where} does not exist on the Hub; list its branches at https://huggingface.co/{name}") from error
+        raise UserError(
+            f"{where} does not exist on the Hub; list its branches at https://huggingface.co/{name}"
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
             f"{where} is neither a folder here ({Path(name).absolute()}) nor a repository that you may read; "

@@ -99,8 +99,4 @@ def random_base(rows: Iterable[Tensor], arch: Arch, mesh: Mesh, seed: int) -> di
 
 def fresh_adapter(rows: Iterable[Tensor], mesh: Mesh, seed: int) -> dict[str, jax.Array]:
     """Path -> array: new pairs, which change nothing yet."""
-    return {
-        row.path: jax.device_put(initial_adapter(row, seed), row.sharding(mesh)) for row in rows if row.adapter
-    }
-
-
+    return {row.path: jax.device_put(initial_adapter(row, seed), row.sharding(mesh)) for row in rows if row.adapter}

@@ -93,9 +93,13 @@ def materialise(source: Source, mesh: Mesh, seed: int = 0, remat: str = "none", 
     )
 
 
-def load_decoder(name: str, dtype: str = "float32", adapter: str | None = None, mesh: Mesh | None = None) -> tuple[Any, Path]:
+def load_decoder(
+    name: str, dtype: str = "float32", adapter: str | None = None, mesh: Mesh | None = None
+) -> tuple[Any, Path]:
     """A callable decoder, and the folder of its tokenizer (the adapter's, where it brings one)."""
-    source = find(replace(config.Model(), name=str(name), dtype=dtype, adapter=None if adapter is None else str(adapter)))
+    source = find(
+        replace(config.Model(), name=str(name), dtype=dtype, adapter=None if adapter is None else str(adapter))
+    )
     loaded = materialise(source, mesh or make_mesh(devices=jax.devices()[:1]))
     own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
     return loaded.decoder(), Path(adapter) if own else source.folder

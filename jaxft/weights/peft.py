@@ -72,7 +72,9 @@ def open_adapter(folder: Path, arch: Arch) -> AdapterFiles:
     strangers = [name for name in found if name not in known]
     if strangers or not adapters:
         first = (strangers or ["(an empty file)"])[0]
-        raise UserError(f"{folder / WEIGHTS}: {len(strangers)} tensors have no place in this {arch.family} model, first {first}")
+        raise UserError(
+            f"{folder / WEIGHTS}: {len(strangers)} tensors have no place in this {arch.family} model, first {first}"
+        )
     return AdapterFiles(folder, adapters, found)
 
 
@@ -88,7 +90,9 @@ def _pairs(config: Mapping[str, Any], found: Mapping[str, Slice], arch: Arch, fi
         alpha = _by_pattern(config, "lora_alpha", "alpha_pattern", (int, float), path, file.with_name(CONFIG))
         seen = tuple(None if t is None else t.shape for t in (a, b))
         if seen != ((rank, n_in), (n_out, rank)):
-            raise UserError(f"{file}: {path}: expected A {(rank, n_in)} and B {(n_out, rank)}, found {seen[0]} and {seen[1]}")
+            raise UserError(
+                f"{file}: {path}: expected A {(rank, n_in)} and B {(n_out, rank)}, found {seen[0]} and {seen[1]}"
+            )
         adapters[path] = lora.Adapter(rank, float(alpha), rslora=plain)
     return adapters
 
@@ -100,7 +104,9 @@ def _by_pattern(config: Mapping[str, Any], key: str, patterns_key: str, kind: An
         matching = [p for p in patterns if re.match(rf"(.*\.)?({p})$", path)]
         name, value = (patterns_key, patterns[matching[0]]) if matching else (key, config.get(key, 8))
     except (re.error, TypeError, LookupError) as error:
-        raise UserError(f"{file}: {patterns_key}: expected regular expressions and values, found {patterns!r}") from error
+        raise UserError(
+            f"{file}: {patterns_key}: expected regular expressions and values, found {patterns!r}"
+        ) from error
     if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
         raise UserError(f"{file}: {name}: expected a positive number, found {value!r}")
     return value

@@ -67,7 +67,9 @@ def _open_shards(folder: Path, index: Path) -> dict[str, Slice]:
         opened[name] = open_file(folder / name)
     lost = [tensor for tensor, name in places.items() if tensor not in opened[name]]
     if lost:
-        raise UserError(f"{index}: {len(lost)} tensors are not in the shard it names, first {lost[0]} in {places[lost[0]]}")
+        raise UserError(
+            f"{index}: {len(lost)} tensors are not in the shard it names, first {lost[0]} in {places[lost[0]]}"
+        )
     return {tensor: found for shard in opened.values() for tensor, found in shard.items()}
 
 

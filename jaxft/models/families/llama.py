@@ -19,7 +19,9 @@ def arch(config: Mapping[str, Any]) -> Arch:
         raise UserError(f"num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}")
     head_dim = fields.take("head_dim", int, dim // heads)
     if config.get("head_dim") is None and dim % heads:
-        raise UserError(f"hidden_size: {dim} is not a multiple of num_attention_heads {heads}, and there is no head_dim")
+        raise UserError(
+            f"hidden_size: {dim} is not a multiple of num_attention_heads {heads}, and there is no head_dim"
+        )
     if head_dim % 2:
         raise UserError(f"head_dim: {head_dim} is odd; rotary embeddings turn pairs")
     fields.require("hidden_act", "silu", default="silu")
