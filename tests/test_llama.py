@@ -15,6 +15,7 @@ from checkpoints import edit_config, llama, reload, save, tokens, torch_logits, 
 
 from jaxft.errors import UserError
 from jaxft.learn.loss import tally
+from jaxft.models.attention import MIN_BLOCK
 from jaxft.models.families import arch_from_config
 from jaxft.weights.load import read_arch
 from jaxft.weights.model import load_decoder
@@ -81,7 +82,7 @@ def old_dialect(folder):
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
 def test_logits_and_loss_equal_transformers(changes, tmp_path):
     model = llama(**changes)
-    assert_equals_torch(save(model, tmp_path), model, tokens(2, 64))
+    assert_equals_torch(save(model, tmp_path), model, tokens(2, 2 * MIN_BLOCK + 2))  # three blocks of queries
 
 
 @pytest.mark.parametrize("rope", [None, LLAMA3, LINEAR], ids=["default", "llama3", "linear"])

@@ -8,7 +8,7 @@ from checkpoints import SIZES, llama, load, peft_model, save, tokens, with_rando
 
 from jaxft.config import Lora
 from jaxft.errors import UserError
-from jaxft.models import ops, tensors
+from jaxft.models import decoder, ops, tensors
 from jaxft.models.families import arch_from_config
 from jaxft.models.lora import targets
 
@@ -22,10 +22,17 @@ def folder(tmp_path_factory):
     return save(llama(num_hidden_layers=3, attention_bias=True), tmp_path_factory.mktemp("llama"))
 
 
-def hidden(loaded, ids, key=None):
-    model = loaded.decoder()
+def hidden(loaded, ids, *keys):
+    """The last hidden layer under each dropout key; None is outside training."""
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    return np.asarray(jax.jit(lambda key: model.hidden(ids, positions, jnp.ones_like(ids), key=key)[0])(key))
+
+    @jax.jit
+    def run(trainable, key):
+        model = decoder.join(loaded.graphdef, trainable, loaded.frozen)
+        return model.hidden(ids, positions, jnp.ones_like(ids), key=key)[0]
+
+    found = [np.asarray(run(loaded.trainable, key)) for key in keys]
+    return found if len(keys) > 1 else found[0]
 
 
 @pytest.mark.parametrize("wanted", ["all-linear", SOME_LAYERS], ids=["all-linear", "some layers"])
@@ -118,15 +125,15 @@ def test_dropout_keeps_the_mean_and_the_rate():
 
 
 def test_dropout_is_on_in_training_alone_and_on_the_adapter_alone(folder):
-    ids = tokens(2, 16)
-    plain = hidden(load(folder, Lora(dropout=0.0)), ids)
+    ids, keys = tokens(2, 16), [jax.random.key(seed) for seed in (1, 1, 2)]
     fresh = load(folder, Lora(dropout=0.5))
-    assert np.array_equal(hidden(fresh, ids, jax.random.key(0)), plain)  # B is zero, so a mask may change nothing
-    loaded, off = with_random_b(fresh), with_random_b(load(folder, Lora(dropout=0.0)))
-    assert np.array_equal(hidden(loaded, ids), hidden(off, ids))
-    one, again, two = (hidden(loaded, ids, jax.random.key(seed)) for seed in (1, 1, 2))
-    assert np.array_equal(one, again) and not np.array_equal(one, two) and not np.array_equal(one, hidden(loaded, ids))
-    assert np.array_equal(hidden(off, ids, jax.random.key(1)), hidden(off, ids))
+    plain, masked = hidden(fresh, ids, None, keys[0])
+    assert np.array_equal(plain, masked)  # B is zero, so a mask may change nothing
+    off, still = hidden(with_random_b(load(folder, Lora(dropout=0.0))), ids, None, keys[0])
+    assert np.array_equal(off, still)
+    outside, one, again, two = hidden(with_random_b(fresh), ids, None, *keys)
+    assert np.array_equal(outside, off)
+    assert np.array_equal(one, again) and not np.array_equal(one, two) and not np.array_equal(one, outside)
 
 
 def test_layers_and_places_draw_their_own_dropout_masks(folder, monkeypatch):
@@ -157,7 +164,7 @@ def test_trained_parameters_are_float32_on_a_bfloat16_base(folder):
     for loaded in (pairs, every):
         logits = loaded.decoder()(tokens(1, 8))
         assert logits.dtype == jnp.float32 and bool(jnp.isfinite(logits).all())
-        assert hidden(loaded, tokens(1, 8)).dtype == jnp.bfloat16
+        assert hidden(loaded, tokens(1, 8), None).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

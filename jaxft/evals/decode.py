@@ -59,12 +59,15 @@ class Generator:
         return answers
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise UserError(f"prompt {i}: empty; give at least one token")
-            if max(prompt) >= self.vocab_size:
+            strange = [token for token in prompt if not 0 <= token < self.vocab_size]
+            if strange:
                 raise UserError(
-                    f"prompt {i}: token {max(prompt)} is beyond the model's vocabulary of {self.vocab_size}"
+                    f"prompt {i}: token {strange[0]} is not in the model's vocabulary, which ends at {self.vocab_size - 1}"
                 )
             if len(prompt) + max_new_tokens > self.max_positions:
                 raise UserError(

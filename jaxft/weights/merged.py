@@ -14,6 +14,7 @@ import numpy as np
 from jaxft.models.tensors import Tensor
 from jaxft.weights.hub import read_json
 from jaxft.weights.peft import hub_tensors
+from jaxft.weights.shards import write_file
 
 SHARD_BYTES = 4 << 30
 TOKENIZER_FILES = (
@@ -24,15 +25,13 @@ TOKENIZER_FILES = (
 
 def save(folder: Path, rows: Iterable[Tensor], arrays: Mapping[str, jax.Array], source: Path, dtype: Any) -> None:
     """Writes every base tensor in `dtype`, with the configuration and tokenizer of the folder `source`."""
-    from safetensors.numpy import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     shards = list(_shards([row for row in rows if not row.adapter], np.dtype(dtype).itemsize))
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         tensors = {name: value.astype(dtype) for row in shard for name, value in hub_tensors(row, arrays[row.path])}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        write_file(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         total = sum(row.size for shard in shards for row in shard) * np.dtype(dtype).itemsize

@@ -19,7 +19,7 @@ from jaxft.models.arch import Arch
 from jaxft.models.tensors import Tensor
 from jaxft.weights.hub import read_json
 from jaxft.weights.load import read_tensor
-from jaxft.weights.shards import Slice, open_file
+from jaxft.weights.shards import Slice, open_file, write_file
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -122,11 +122,9 @@ def save(
     revision: str | None = None,
 ) -> None:
     """Writes the adapter's two files into `folder`: pairs in float32, every config key spelt out."""
-    from safetensors.numpy import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     out = {PREFIX + name: value for row in rows if row.adapter for name, value in hub_tensors(row, arrays[row.path])}
-    save_file(out, folder / WEIGHTS, metadata={"format": "pt"})
+    write_file(folder / WEIGHTS, out)
     (folder / CONFIG).write_text(json.dumps(adapter_config(plan, arch, base_model, revision), indent=2) + "\n")
 
 

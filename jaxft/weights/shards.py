@@ -115,3 +115,13 @@ def _slice(file: Path, name: str, entry: Any, start: int, size: int) -> Slice:
     if start + end > size:
         raise UserError(f"{file}: truncated: {size} bytes, expected at least {start + end}; download it again")
     return Slice(file, start + begin, shape, DTYPES[kind])
+
+
+def write_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes one safetensors file, with the metadata that transformers and PEFT ask for."""
+    from safetensors.numpy import save_file
+
+    file.touch()
+    mode = file.stat().st_mode  # the library makes files that only their owner may read
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
