@@ -33,7 +33,7 @@ def run_verb(main: Callable[[list[str]], int | None]) -> None:
         print(f"error: {one_line(error)}", file=sys.stderr)
         code = EXIT_USER if isinstance(error, UserError) else EXIT_RESOURCES
     except KeyboardInterrupt:
-        print("error: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        print("error: interrupted; a training run resumes with the same command", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except BrokenPipeError:  # `jaxft … | head`: the reader has left, so there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,7 @@
 """Adapters are PEFT's: the same logits, gradients and updates from the same pairs, and the same files both ways."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from checkpoints import SIZES, llama, load, peft_model, reload, save, tokens, torch_logits, with_random_b
+from checkpoints import SIZES, llama, load, logits, peft_model, reload, save, tokens, torch_logits, with_random_b
 
 from jaxft import config
 from jaxft.config import Lora, Optim
@@ -113,9 +114,8 @@ def test_loss_and_gradients_of_every_pair_equal_pefts(base, theirs):
     [
         Optim(learning_rate=1e-3, schedule="constant", weight_decay=0.01, clip=None),
         Optim(learning_rate=1e-3, schedule="linear", warmup=3, weight_decay=0.01, clip=0.5, beta1=0.8, beta2=0.95),
-        Optim(learning_rate=1e-3, schedule="cosine", warmup=0.2, weight_decay=0.1, clip=5.0),
     ],
-    ids=["constant", "linear, warm-up and clipping", "cosine and clipping"],
+    ids=["constant", "linear, warm-up and clipping"],
 )
 def test_ten_steps_of_adamw_equal_torchs(base, theirs, settings):
     steps, data = 10, [tokens(4, 24, seed=i) for i in range(10)]
@@ -163,9 +163,26 @@ def _torch_steps(model, settings, data):
     return pairs(model), losses
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 20), (5, 20), (0.12, 50), (0.5, 3)])
+def test_learning_rates_equal_transformers(schedule, warmup, steps):
+    settings = Optim(learning_rate=0.5, schedule=schedule, warmup=warmup)
+    adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    name, first = {"constant": "constant_with_warmup"}.get(schedule, schedule), math.ceil(warmup * (steps if warmup < 1 else 1))
+    scheduler = transformers.get_scheduler(name, adamw, num_warmup_steps=first, num_training_steps=steps)
+    wanted = []
+    for _ in range(steps):
+        wanted.append(scheduler.get_last_lr()[0])
+        adamw.step()
+        scheduler.step()
+    rates = optim.schedule(settings, steps)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes an int count with floats, as in the step
+        assert [float(rates(step)) for step in range(steps)] == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+
+
 def assert_same_logits(ours, torch_model):
     wanted = torch_logits(torch_model, IDS)
-    assert np.abs(np.asarray(ours.decoder()(IDS)) - wanted).max() <= LOGITS * wanted.std()
+    assert np.abs(logits(ours, IDS) - wanted).max() <= LOGITS * wanted.std()
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
@@ -176,7 +193,7 @@ def test_an_adapter_made_by_peft_gives_the_same_logits(kind, base, tmp_path):
     assert_same_logits(ours, oracle)
     with oracle.disable_adapter():
         plain = torch_logits(oracle, IDS)
-    assert np.abs(np.asarray(ours.decoder()(IDS)) - plain).max() > 100 * LOGITS * plain.std()  # it does something
+    assert np.abs(logits(ours, IDS) - plain).max() > 100 * LOGITS * plain.std()  # it does something
 
 
 LORAS = {
@@ -228,7 +245,8 @@ def test_export_import_export_is_bitwise(kind, base, tmp_path):
     assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (second / name).read_bytes() == (third / name).read_bytes()
-    assert_same_logits(loaded, peft.PeftModel.from_pretrained(reload(base), third))
+    made, copied = (torch_logits(peft.PeftModel.from_pretrained(reload(base), f), IDS) for f in (first, third))
+    assert np.array_equal(made, copied)
 
 
 def test_a_bfloat16_adapter_is_read_into_float32(base, theirs, tmp_path):

@@ -258,9 +258,9 @@ def test_mesh_sizes_that_do_not_multiply_are_refused(sizes, shown):
 @pytest.mark.parametrize(
     ("changes", "mesh", "shown"),
     [
-        ({}, {"tensor": 4}, "layers.0.self_attn.k_proj: kv_heads of 2 does not split over tensor=4; set mesh.tensor to at most 2"),
-        ({"num_key_value_heads": 1}, {"tensor": 2}, "k_proj: kv_heads of 1 does not split over tensor=2; set mesh.tensor to at most 1"),
-        ({"num_key_value_heads": 4}, {"tensor": 8}, "q_proj: heads of 4 does not split over tensor=8; set mesh.tensor to at most 4"),
+        ({}, {"tensor": 4}, "k_proj: kv_heads of 2 does not split over tensor=4; set mesh.tensor to at most 2"),
+        ({"num_key_value_heads": 1}, {"tensor": 2}, "k_proj: kv_heads of 1 does not split over tensor=2"),
+        ({"num_key_value_heads": 4}, {"tensor": 8}, "layers.0.self_attn.q_proj: heads of 4 does not split over tensor=8"),
         ({"vocab_size": 97}, {"tensor": 2}, "model.embed_tokens.weight: vocab of 97 does not split over tensor=2"),
         ({"intermediate_size": 49}, {"tensor": 2}, "_proj.weight: ffn of 49 does not split over tensor=2"),
         ({"hidden_size": 36, "head_dim": 8}, {"fsdp": 8}, "embed of 36 does not split over fsdp=8; set mesh.fsdp to at most 4"),
