@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from fractions import Fraction
 from functools import cache
@@ -156,6 +157,24 @@ def test_making_the_folder_again_gives_the_shipped_files(tmp_path):
     made, shipped = (json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path, BASE))
     assert made["model"]["vocab"] == shipped["model"]["vocab"]
     assert made["model"]["merges"] == shipped["model"]["merges"]
+
+
+def test_the_shipped_weights_are_small_and_complete():
+    file = BASE / "model.safetensors"
+    content = file.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    assert len(content) < 4_000_000
+    assert {entry["dtype"] for entry in tensors} == {"BF16"}
+    assert sum(math.prod(entry["shape"]) for entry in tensors) == make.parameters()
+
+
+def test_weights_are_copied_in_bfloat16_and_a_missing_file_is_named(tmp_path):
+    (tmp_path / "again").mkdir()
+    make.copy_weights(BASE, tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (BASE / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"model\.safetensors: no such file"):
+        make.copy_weights(tmp_path, tmp_path / "again")
 
 
 def test_problems_and_documents_fit_the_packed_length():

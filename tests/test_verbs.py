@@ -1,5 +1,6 @@
 """The verbs as users type them, and the Python names that notebooks rely on."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -17,8 +18,10 @@ ASKED = "Question: Mia has 4 apples.\nAnswer:"
 
 
 def run(*command, **options):
-    """A verb in a process of its own, as in a shell: one device, no strictness."""
-    return subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300, **options)
+    """A verb in a process of its own, as in a shell: one device, no flags of the tests."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    words = [sys.executable, "-m", *command]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, **options)
 
 
 def test_generate_prints_what_the_python_api_gives():

@@ -1,6 +1,7 @@
-"""Writes the embedded model's folder but for its weights: `python -m jaxft.tiny.make FOLDER`.
+"""Writes the embedded model's folder: `python -m jaxft.tiny.make FOLDER [TRAINED]`.
 
-The weights come from `python -m jaxft.train --config tiny_base.py`, which starts from this folder at random.
+Without TRAINED it writes all but the weights, which is what `python -m jaxft.train --config tiny_base.py` starts from;
+TRAINED is the `model` folder of that run, whose weights are then copied in bfloat16.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ the generated word problems says that a training pipeline works, not that a mode
 To make it again:
 
 ```
-python -m jaxft.tiny.make jaxft/tiny/base       # everything but the weights
-python -m jaxft.train --config tiny_base.py     # the weights: about ten minutes on two CPU cores
+python -m jaxft.tiny.make jaxft/tiny/base                         # everything but the weights
+python -m jaxft.train --config tiny_base.py                       # about ten minutes on two CPU cores
+python -m jaxft.tiny.make jaxft/tiny/base runs/tiny_base/model    # the weights, in bfloat16
 ```
 """
 
@@ -100,6 +102,18 @@ def make(folder: Path) -> None:
         vocabulary=VOCABULARY,
     )  # fmt: skip
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def copy_weights(trained: Path, folder: Path) -> None:
+    """Copies `trained`/model.safetensors into `folder` in bfloat16. Raises UserError where there is none."""
+    import ml_dtypes
+    from safetensors.numpy import load_file, save_file
+
+    source = trained / "model.safetensors"
+    if not source.is_file():
+        raise UserError(f"{source}: no such file; train with `python -m jaxft.train --config tiny_base.py` first")
+    tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in load_file(source).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def parameters() -> int:
@@ -145,9 +159,11 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise UserError("expected one folder: python -m jaxft.tiny.make FOLDER")
+    if len(argv) not in (1, 2) or any(a.startswith("-") for a in argv):
+        raise UserError("expected one or two folders: python -m jaxft.tiny.make FOLDER [TRAINED]")
     make(Path(argv[0]))
+    if argv[1:]:
+        copy_weights(Path(argv[1]), Path(argv[0]))
 
 
 if __name__ == "__main__":
