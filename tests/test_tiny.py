@@ -16,7 +16,7 @@ from jaxft.tiny import corpus, make, problems
 
 BASE = Path(jaxft.tiny.__file__).parent / "base"
 SIGNS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": Fraction}
-PROBLEMS_SHA256 = {"train": "08ba6c804f4e6467", "test": "fd5b5778d30eaa76", "fresh": "1d6ba9a2b5b4dd0d"}
+PROBLEMS_SHA256 = {"train": "08ba6c804f4e6467", "test": "fd5b5778d30eaa76", "fresh": "be2ca585097cdf1a"}
 CORPUS_SHA256 = "d016f2fc622695f2"
 
 
