@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jaxft
-from jaxft import config
+from jaxft import command_line
 from jaxft.errors import UserError, run_verb
 
 
@@ -37,7 +37,7 @@ class Options:
 
 def main(argv: list[str]) -> None:
     """Prints one answer per prompt on stdout."""
-    options = config.parse(Options, argv, prog="python -m jaxft.generate", description=Options.__doc__ or "")
+    options = command_line.parse(Options, argv, prog="python -m jaxft.generate", description=Options.__doc__ or "")
     prompts = [sys.stdin.read() if p == "-" else p for p in options.prompt]
     if options.max_new_tokens < 1 or options.temperature < 0:
         raise UserError("--max-new-tokens must be at least 1, and --temperature at least 0")

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import jaxft
-from jaxft import config
+from jaxft import command_line, config
 from jaxft.errors import UserError, run_verb
 
 if TYPE_CHECKING:  # JAX and the rest are imported where used: --help and a mistake in the config answer at once
@@ -44,7 +44,7 @@ def _command_line(argv: list[str]) -> tuple[str, list[str]]:
             rest.append(argument)
     if path is None and {"-h", "--help"} & set(rest):
         about = "--config NAME is a path, or a file of configs/; with it, --help shows that file's values."
-        config.parse(config.Config, ["--help"], prog=f"{PROG} --config NAME", description=about)
+        command_line.parse(config.Config, ["--help"], prog=f"{PROG} --config NAME", description=about)
     if not path:
         raise UserError(f"--config: missing; usage: {PROG} --config NAME [--section.field value …]")
     return path, rest
@@ -160,6 +160,7 @@ def _facts(job: Job, loaded: Loaded, before: dict[str, Any]) -> dict[str, Any]:
     from jaxft.models.tensors import count_parameters
 
     trainable, parameters = count_parameters(loaded.rows)
+    adapter = next(iter(job.source.plan.adapters.values()), None)
     device, source = job.mesh.devices.flat[0], job.source
     return {
         "jaxft": jaxft.__version__,
@@ -172,6 +173,7 @@ def _facts(job: Job, loaded: Loaded, before: dict[str, Any]) -> dict[str, Any]:
         "model": {
             "name": job.config.model.name, "family": source.arch.family, "parameters": parameters, "trainable": trainable,
             "dtype": str(source.dtype),
+            "adapter": adapter and {"rank": adapter.rank, "alpha": adapter.alpha, "dropout": adapter.dropout},
         },
         "data": job.data.facts,
         "steps": job.steps,

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jaxft import config
+from jaxft import command_line, config
 from jaxft.errors import UserError, one_line
 
 MINIMAL = """
@@ -49,7 +49,7 @@ def test_fields_of_every_type_survive_their_own_text():
         for field in dataclasses.fields(record):
             value = getattr(getattr(base, section), field.name)
             words = [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
-            assert config.apply(base, [f"--{section}.{field.name}", *words]) == base, field.name
+            assert command_line.apply(base, [f"--{section}.{field.name}", *words]) == base, field.name
 
 
 def test_lora_none_trains_every_weight_and_a_lora_field_brings_it_back(file):

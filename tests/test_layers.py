@@ -19,6 +19,7 @@ LAYERS = {
     "jaxft.weights": 3, "jaxft.data": 3, "jaxft.tiny": 3,
     "jaxft.models": 2,
     "jaxft.parallel": 1, "jaxft.models.ops": 1,
+    "jaxft.command_line": 0,
     "jaxft.config": 0, "jaxft.errors": 0, "jaxft.chips": 0, "jaxft.models.arch": 0, "jaxft.models.families": 0,
 }  # fmt: skip
 NEVER = [("jaxft.data", "jaxft.models"), ("jaxft.tiny", "jaxft.models"), ("jaxft.learn", "jaxft.evals"),
@@ -82,8 +83,16 @@ def test_imports_point_down():
 @pytest.mark.parametrize(
     ("module", "line", "shown"),
     [
-        ("jaxft.models.ops", "from jaxft.models.decoder import Decoder", "(layer 1) imports jaxft.models.decoder (layer 2)"),
-        ("jaxft.weights.peft", "def f():\n    from jaxft.learn import step", "(layer 3) imports jaxft.learn.step (layer 4)"),
+        (
+            "jaxft.models.ops",
+            "from jaxft.models.decoder import Decoder",
+            "(layer 1) imports jaxft.models.decoder (layer 2)",
+        ),
+        (
+            "jaxft.weights.peft",
+            "def f():\n    from jaxft.learn import step",
+            "(layer 3) imports jaxft.learn.step (layer 4)",
+        ),
         ("jaxft.data.rows", "import jaxft.models.arch", "jaxft.data.rows never imports jaxft.models.arch"),
         ("jaxft.learn.loop", "from jaxft.evals import decode", "jaxft.learn.loop never imports jaxft.evals.decode"),
         ("jaxft.config", "import jaxft", "(layer 0) imports jaxft (layer 5)"),

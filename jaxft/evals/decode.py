@@ -22,11 +22,12 @@ class Generator:
     """Continues token prompts with a decoder; holds the compiled programs, so make one and keep it."""
 
     def __init__(self, model: decoder.Decoder, eos_ids: Sequence[int]):
+        """`eos_ids` end an answer, beside those that the model's config.json names."""
         self.max_positions = model.arch.max_positions
         self.vocab_size = model.arch.vocab_size
         self.ways = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]
         self.graphdef, self.trainable, self.frozen = decoder.split(model)
-        self.eos = np.array(sorted(set(eos_ids)) or [-1], np.int32)
+        self.eos = np.array(sorted({*eos_ids, *model.arch.eos_ids}) or [-1], np.int32)
 
     def __call__(
         self,

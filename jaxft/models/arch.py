@@ -76,6 +76,7 @@ class Arch:
     tied_head: bool
     max_positions: int
     init_std: float = 0.02
+    eos_ids: tuple[int, ...] = ()
     names: Names = Names()
 
     def module_path(self, layer: int, linear: str) -> str:

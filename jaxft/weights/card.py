@@ -12,7 +12,7 @@ def write_card(folder: Path, settings: dict[str, Any], results: dict[str, Any], 
 
     `settings` and `results` are a run folder's config.json and results.json.
     """
-    base, lora, model = settings["model"]["name"], settings["lora"], results["model"]
+    base, lora, model = settings["model"]["name"], results["model"]["adapter"], results["model"]
     # Only a Hub id is a link for the Hub; a folder's name means nothing elsewhere.
     front = {"base_model": base if base.count("/") == 1 and not base.startswith((".", "/")) else None}
     front |= {"library_name": "peft" if lora else "transformers", "pipeline_tag": "text-generation"}

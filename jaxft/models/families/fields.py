@@ -10,7 +10,7 @@ from jaxft.models.arch import Llama3Scaling, Rope
 
 # Fields that change neither the weights' shapes nor what the decoder computes at inference or in training here.
 HARMLESS = frozenset(
-    """architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id
+    """architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id pad_token_id
     unk_token_id sep_token_id decoder_start_token_id initializer_range attention_dropout pretraining_tp auto_map name_or_path
     output_attentions output_hidden_states return_dict return_dict_in_generate torchscript use_bfloat16 tf_legacy_loss
     pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size
@@ -53,6 +53,15 @@ class Fields:
         if value not in supported:
             raise UserError(f"{name}: {value!r} is not supported; supported: {', '.join(map(repr, supported))}")
         return value
+
+    def eos_ids(self) -> tuple[int, ...]:
+        """`eos_token_id`, one or several; chat models name their end of turn here, which the tokenizer's EOS is not."""
+        self._taken.add("eos_token_id")
+        named = self._config.get("eos_token_id")
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise UserError(f"eos_token_id: expected a token id or a list of them, found {named!r}")
+        return tuple(ids)
 
     def rope(self, default_theta: float) -> Rope:
         """Both dialects: `rope_theta` + `rope_scaling` (Hub files), or `rope_parameters` (transformers 5)."""

@@ -45,6 +45,7 @@ def arch(config: Mapping[str, Any]) -> Arch:
         tied_head=fields.take("tie_word_embeddings", bool, False),
         max_positions=fields.take("max_position_embeddings", int, 2048),
         init_std=fields.take("initializer_range", float, 0.02),
+        eos_ids=fields.eos_ids(),
     )
     fields.finish()
     return result
