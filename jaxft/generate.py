@@ -73,7 +73,7 @@ def _ask(model: Any, tokenizer: Any, prompts: list[str], options: Options) -> li
 
     template = choose_template(options.template, tokenizer)
     tokens = [prompt_tokens((Turn("user", prompt),), tokenizer, template) for prompt in prompts]
-    generator = Generator(model, eos_ids(tokenizer))
+    generator = Generator(model, eos_ids(model, tokenizer))
     new = generator(tokens, max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed)
     return [continuation(tokenizer, before, after).strip() for before, after in zip(tokens, new)]
 

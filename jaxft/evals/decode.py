@@ -22,12 +22,11 @@ class Generator:
     """Continues token prompts with a decoder; holds the compiled programs, so make one and keep it."""
 
     def __init__(self, model: decoder.Decoder, eos_ids: Sequence[int]):
-        """`eos_ids` end an answer, beside those that the model's config.json names."""
         self.max_positions = model.arch.max_positions
         self.vocab_size = model.arch.vocab_size
         self.ways = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]
         self.graphdef, self.trainable, self.frozen = decoder.split(model)
-        self.eos = np.array(sorted({*eos_ids, *model.arch.eos_ids}) or [-1], np.int32)
+        self.eos = np.array(sorted(set(eos_ids)) or [-1], np.int32)
 
     def __call__(
         self,
@@ -153,7 +152,7 @@ def complete(
     if isinstance(prompts, str):
         raise UserError(f"prompts: expected a list of texts, found one text; pass [{prompts[:20]!r}]")
     tokens = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    generator = Generator(model, eos_ids(tokenizer))
+    generator = Generator(model, eos_ids(model, tokenizer))
     new = generator(tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     return [continuation(tokenizer, before, after) for before, after in zip(tokens, new)]
 
@@ -165,12 +164,12 @@ def continuation(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> s
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(new), skip_special_tokens=True)
 
 
-def eos_ids(tokenizer: Any) -> list[int]:
-    """Where an answer ends: the tokenizer's EOS, and those that generation_config.json beside it names (end of turn)."""
+def eos_ids(model: decoder.Decoder, tokenizer: Any) -> list[int]:
+    """Where an answer ends: the tokenizer's EOS, and what config.json and generation_config.json name (end of turn)."""
     file = Path(tokenizer.name_or_path) / "generation_config.json"
     try:
         named = json.loads(file.read_text()).get("eos_token_id")
     except (OSError, ValueError, AttributeError):
         named = None
-    ids = [tokenizer.eos_token_id] + (named if isinstance(named, list) else [named])
+    ids = [tokenizer.eos_token_id, *model.arch.eos_ids, *(named if isinstance(named, list) else [named])]
     return [i for i in ids if isinstance(i, int)]

@@ -22,7 +22,7 @@ class Answerer:
 
     def __init__(self, model: Decoder, tokenizer: Any, template: str, max_new_tokens: int):
         self.tokenizer, self.template = tokenizer, template
-        self.generator = Generator(model, eos_ids(tokenizer))
+        self.generator = Generator(model, eos_ids(model, tokenizer))
         # Half of the positions at most, so that a prompt has room whatever the setting.
         self.new = min(max_new_tokens, model.arch.max_positions // 2)
         self.room = model.arch.max_positions - self.new
