@@ -59,7 +59,7 @@ def check_final_answer(rows: Sequence[Row]) -> None:
     if without:
         raise UserError(
             f"eval.tasks: final_answer needs `#### NUMBER` in every reference; {len(without)} of {len(rows)} have none, "
-            f"first {without[0].origin}; set eval.tasks to nothing for such data"
+            f"first {without[0].origin}; for such data leave the task out with a bare --eval.tasks"
         )
 
 

@@ -159,6 +159,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Makes the folder; with a second one, the weights trained there are copied into it in bfloat16."""
     if len(argv) not in (1, 2) or any(a.startswith("-") for a in argv):
         raise UserError("expected one or two folders: python -m jaxft.tiny.make FOLDER [TRAINED]")
     make(Path(argv[0]))
