@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 
-def load(name: str, dtype: str = "float32", adapter: str | None = None) -> tuple[Any, Any]:
+def load(name_or_folder: str, dtype: str = "float32", adapter: str | None = None) -> tuple[Any, Any]:
     """`(model, tokenizer)` of a Hub id, local folder or builtin:tiny, with a PEFT adapter folder on top where given.
 
     `model(tokens, positions=None, segment_ids=None)` gives float32 logits `[B,S,V]`. `dtype` is that of weights and
@@ -21,7 +21,7 @@ def load(name: str, dtype: str = "float32", adapter: str | None = None) -> tuple
     from jaxft.data.chat import load_tokenizer
     from jaxft.weights.model import load_decoder
 
-    model, tokenizer_folder = load_decoder(name, dtype, adapter)
+    model, tokenizer_folder = load_decoder(name_or_folder, dtype, adapter)
     return model, load_tokenizer(tokenizer_folder)
 
 
