@@ -101,6 +101,7 @@ class Loop:
         self._train_step = self.parts.train_step.lower(*arguments).compile()
         self.progress.say(f"compiled the training step in {time.monotonic() - began:.1f} s")
         self._since = time.monotonic()
+        self.progress.begin()
 
     def _train_once(self) -> None:
         batch = self.parts.train.batch_at(self.step)

@@ -81,6 +81,12 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
+    def begin(self) -> None:
+        """Starts the clock of the time left; what came before (a first evaluation, compiling) does not repeat."""
+        self._started = time.monotonic()
+        if self._bar:
+            self._bar.reset(self._bar.task_ids[0], completed=self._first)
+
     def advance(self, step: int) -> None:
         """`step` updates are done."""
         self._done = step
@@ -89,7 +95,8 @@ class Progress:
 
     def show(self, record: dict[str, Any]) -> None:
         """The figures of a logged step: beside the bar, or as a line."""
-        figures = "  ".join(f"{name} {record[key]:{form}}" for name, key, form in COLUMNS if key in record)
+        shown = [c for c in COLUMNS if c[1] in record and (not self._bar or c[1] in NARROW)]
+        figures = "  ".join(f"{name} {record[key]:{form}}" for name, key, form in shown)
         if self._bar:
             self._bar.update(self._bar.task_ids[0], figures=figures)
         else:
@@ -111,12 +118,13 @@ COLUMNS = (
     ("loss", "loss", ".4f"), ("accuracy", "mean_token_accuracy", ".3f"), ("lr", "learning_rate", ".2e"),
     ("grad", "grad_norm", ".2f"), ("tokens/s", "tokens_per_second", ",.0f"),
 )  # fmt: skip
+NARROW = ("loss", "mean_token_accuracy", "tokens_per_second")  # beside a bar in 80 columns
 
 
 def _rich_bar(total: int, done: int) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = [BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn()]
+    columns = [BarColumn(8), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn()]
     bar = Progress(*columns)
     bar.add_task("train", total=total, completed=done, figures="")
     return bar
