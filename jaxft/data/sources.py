@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,8 @@ def _generated(name: str, split: str) -> list[dict[str, str]]:
 def _hub(name: str, subset: str | None, split: str) -> Any:
     import datasets
 
+    # Every retry of a request would be a line on stderr before the one that says what is wrong.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # The library raises dozens of types; the chain keeps them for --debug.
