@@ -133,6 +133,11 @@ class Optim:
     accumulation_steps: int = 1
     """Micro-batches that a step is split into."""
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per micro-batch, over all chips."""
+        return self.batch_size // self.accumulation_steps
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -324,6 +329,9 @@ def _validate_together(config: Config) -> None:
         raise UserError("lora.train_modules: not supported yet; use lora None to train every weight")
     if lora is None and model.adapter:
         raise UserError("model.adapter: an adapter cannot be continued with lora None; give a lora section")
+    for name in ("coordinator", "num_processes", "process_id"):
+        if getattr(config.mesh, name) is not None:
+            raise UserError(f"mesh.{name}: runs of several processes are not supported yet; use None")
     if config.mesh.slices != 1:
         raise UserError(f"mesh.slices: {config.mesh.slices} is not supported yet; use 1")
 

@@ -77,6 +77,8 @@ def test_lora_none_trains_every_weight_and_a_lora_field_brings_it_back(file):
         (["--lora", "4"], "--lora.rank"),
         (["--model.quantize", "int8"], "not supported yet"),
         (["--lora.dora", "True"], "not supported yet"),
+        (["--mesh.coordinator", "host:1234"], "not supported yet"),
+        (["--mesh.process_id", "0"], "not supported yet"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_says_what_is_wrong(file, overrides, said):
