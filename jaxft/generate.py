@@ -41,16 +41,13 @@ def main(argv: list[str]) -> None:
     prompts = [sys.stdin.read() if p == "-" else p for p in options.prompt]
     if options.max_new_tokens < 1 or options.temperature < 0:
         raise UserError("--max-new-tokens must be at least 1, and --temperature at least 0")
-    model, tokenizer = jaxft.load(_base(options), options.dtype, options.adapter)
-    if options.template != "none":
-        answers = _ask(model, tokenizer, prompts, options)
-    else:
-        from jaxft.evals.decode import complete
+    from jaxft.evals.decode import complete
 
-        settings = {"temperature": options.temperature, "seed": options.seed}
-        answers = complete(model, tokenizer, prompts, max_new_tokens=options.max_new_tokens, **settings)
-    for answer in answers:
-        print(answer)
+    model, tokenizer = jaxft.load(_base(options), options.dtype, options.adapter)
+    asked = prompts if options.template == "none" else _rendered(tokenizer, prompts, options.template)
+    settings = {"temperature": options.temperature, "seed": options.seed}
+    for answer in complete(model, tokenizer, asked, max_new_tokens=options.max_new_tokens, **settings):
+        print(answer if options.template == "none" else answer.strip())
 
 
 def _base(options: Options) -> str:
@@ -66,16 +63,13 @@ def _base(options: Options) -> str:
     return named
 
 
-def _ask(model: Any, tokenizer: Any, prompts: list[str], options: Options) -> list[str]:
+def _rendered(tokenizer: Any, prompts: list[str], template: str) -> list[list[int]]:
+    """The prompts as token ids, each asked as a user's turn under `template`."""
     from jaxft.data.chat import choose_template, prompt_tokens
     from jaxft.data.rows import Turn
-    from jaxft.evals.decode import Generator, continuation, eos_ids
 
-    template = choose_template(options.template, tokenizer)
-    tokens = [prompt_tokens((Turn("user", prompt),), tokenizer, template) for prompt in prompts]
-    generator = Generator(model, eos_ids(model, tokenizer))
-    new = generator(tokens, max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed)
-    return [continuation(tokenizer, before, after).strip() for before, after in zip(tokens, new)]
+    chosen = choose_template(template, tokenizer)
+    return [prompt_tokens((Turn("user", prompt),), tokenizer, chosen) for prompt in prompts]
 
 
 class _Verb(types.ModuleType):

@@ -114,8 +114,9 @@ def prepare(settings: config.Config) -> Job:
 
 
 def _check_batch(optim: config.Optim, mesh: Mesh) -> None:
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    micro = optim.batch_size // optim.accumulation_steps
+    from jaxft.parallel.sharding import batch_ways
+
+    ways, micro = batch_ways(mesh), optim.micro_batch_size
     if micro % ways:
         raise UserError(
             f"optim.batch_size: {optim.batch_size} in {optim.accumulation_steps} micro-batch(es) of {micro} does not split "

@@ -34,7 +34,7 @@ def build(
     config: Config, splits: rows.Splits, tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_positions: int
 ) -> Dataset:
     """Tokenises `splits` for a model of that vocabulary and as many positions. Raises UserError."""
-    data, micro = config.data, config.optim.batch_size // config.optim.accumulation_steps
+    data, micro = config.data, config.optim.micro_batch_size
     template = chat.choose_template(data.template, tokenizer)
     longest = min(data.max_length, max_positions)
     train, counts = chat.encode_all(splits.train, tokenizer, template, longest, vocab_size)

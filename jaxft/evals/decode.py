@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxft.errors import UserError
 from jaxft.models import decoder
+from jaxft.parallel.sharding import batch_ways
 
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple, so that a few compiled shapes serve all lengths
 
@@ -24,7 +25,7 @@ class Generator:
     def __init__(self, model: decoder.Decoder, eos_ids: Sequence[int]):
         self.max_positions = model.arch.max_positions
         self.vocab_size = model.arch.vocab_size
-        self.ways = 1 if model.mesh is None else model.mesh.shape["data"] * model.mesh.shape["fsdp"]
+        self.ways = 1 if model.mesh is None else batch_ways(model.mesh)
         self.graphdef, self.trainable, self.frozen = decoder.split(model)
         self.eos = np.array(sorted(set(eos_ids)) or [-1], np.int32)
 
@@ -142,16 +143,16 @@ def _choose(logits_BV: jax.Array, keys: jax.Array, temperature: jax.Array) -> ja
 def complete(
     model: decoder.Decoder,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[str]:
-    """What the model adds to each text prompt, tokenised as the tokenizer does by itself."""
+    """What the model adds to each prompt: token ids, or a text that is tokenised as the tokenizer does by itself."""
     if isinstance(prompts, str):
         raise UserError(f"prompts: expected a list of texts, found one text; pass [{prompts[:20]!r}]")
-    tokens = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    tokens = [list(tokenizer(p)["input_ids"]) if isinstance(p, str) else list(p) for p in prompts]
     generator = Generator(model, eos_ids(model, tokenizer))
     new = generator(tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     return [continuation(tokenizer, before, after) for before, after in zip(tokens, new)]

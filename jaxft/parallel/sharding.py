@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,13 +38,18 @@ def check_split(mesh: Mesh, logical: str | None, size: int, what: str) -> None:
     """Raises UserError where `size` things along a logical axis of `what` do not split evenly over the mesh."""
     names = RULES.get(logical) if logical else None
     names = (names,) if isinstance(names, str) else names or ()
-    ways = _product(mesh.shape[name] for name in names)
+    ways = math.prod(mesh.shape[name] for name in names)
     if size % ways:
         largest = max(w for w in range(1, ways + 1) if size % w == 0 and ways % w == 0)
         raise UserError(
             f"{what}: {logical} of {size} does not split over {'·'.join(names)}={ways}; "
             f"set mesh.{names[-1]} to at most {largest}"
         )
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[name] for name in RULES["batch"])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -66,10 +72,3 @@ def place(mesh: Mesh, tree: Any, axes: Sequence[str | None]) -> Any:
         return jax.make_array_from_callback(x.shape, target, lambda index: x[index])
 
     return jax.tree.map(put, tree)
-
-
-def _product(values: Any) -> int:
-    result = 1
-    for value in values:
-        result *= value
-    return result
