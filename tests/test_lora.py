@@ -13,6 +13,7 @@ from jaxft.models.families import arch_from_config
 from jaxft.models.lora import targets
 
 ARCH = arch_from_config({"model_type": "llama", **SIZES, "num_hidden_layers": 3})
+PATHS = list(ARCH.linear_shapes())
 LEAVES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SOME_LAYERS = r"model\.layers\.[12]\.(self_attn\.[qv]_proj|mlp\.up_proj)"
 
@@ -72,8 +73,8 @@ def test_a_starts_uniform_as_in_peft_and_b_zero(folder):
 
 
 def test_all_linear_is_every_linear_module_but_the_head():
-    assert targets("all-linear", ARCH) == ARCH.linear_paths()
-    assert len(ARCH.linear_paths()) == 21 and not any("lm_head" in path for path in ARCH.linear_paths())
+    assert targets("all-linear", ARCH) == PATHS
+    assert len(PATHS) == 21 and not any("lm_head" in path for path in PATHS)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_all_linear_is_every_linear_module_but_the_head():
 def test_targets_select_what_peft_selects(wanted, count):
     model = llama(num_hidden_layers=3)
     adapted = peft_model(model, target_modules=wanted if isinstance(wanted, str) else list(wanted))
-    assert targets(wanted, ARCH) == sorted(adapted.targeted_module_names, key=ARCH.linear_paths().index)
+    assert targets(wanted, ARCH) == sorted(adapted.targeted_module_names, key=PATHS.index)
     assert len(targets(wanted, ARCH)) == count
 
 

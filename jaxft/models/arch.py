@@ -30,7 +30,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer: N query heads and K key/value heads of width H, gated FFN of width F."""
+    """One decoder layer: N query heads and K key/value heads of width H, gated FFN of width F.
+
+    `window` is how many keys a query sees at most, its own among them; None is all before it.
+    """
 
     heads: int
     kv_heads: int
@@ -39,28 +42,38 @@ class LayerSpec:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    window: int | None = None
 
 
 @dataclass(frozen=True)
 class Names:
-    """Module paths in the Hub's checkpoint; those of a layer follow `layer`, which has a place for its index."""
+    """Module paths in the Hub's checkpoint; those of a layer follow `layer`, which has a place for its index.
+
+    None is a module that the family lacks. A fused module (`qkv_proj`, `gate_up_proj`) stands for those it fuses.
+    """
 
     embed: str = "model.embed_tokens"
     layer: str = "model.layers.{}"
     norm: str = "model.norm"
-    head: str = "lm_head"
+    head: str | None = "lm_head"
     input_norm: str = "input_layernorm"
+    q_norm: str | None = None
+    k_norm: str | None = None
+    attention_norm: str | None = None  # of the attention's output, before it is added
     mlp_norm: str = "post_attention_layernorm"
+    mlp_output_norm: str | None = None
     q_proj: str = "self_attn.q_proj"
     k_proj: str = "self_attn.k_proj"
     v_proj: str = "self_attn.v_proj"
+    qkv_proj: str | None = None
     o_proj: str = "self_attn.o_proj"
     gate_proj: str = "mlp.gate_proj"
     up_proj: str = "mlp.up_proj"
+    gate_up_proj: str | None = None
     down_proj: str = "mlp.down_proj"
 
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NORMS = ("input_norm", "q_norm", "k_norm", "attention_norm", "mlp_norm", "mlp_output_norm")
 
 
 @dataclass(frozen=True)
@@ -75,25 +88,52 @@ class Arch:
     norm_eps: float
     tied_head: bool
     max_positions: int
+    activation: str = "silu"  # a name in ops.ACTIVATIONS
+    norm_plus_one: bool = False  # RMSNorm scales by 1 + w, in fp32
+    embed_scale: float | None = None
+    query_scale: float | None = None  # None: 1 / sqrt(head_dim)
+    attention_cap: float | None = None
+    logit_cap: float | None = None
     init_std: float = 0.02
     eos_ids: tuple[int, ...] = ()
     names: Names = Names()
 
-    def module_path(self, layer: int, linear: str) -> str:
-        """Hub path of a layer's linear module, such as model.layers.0.self_attn.q_proj."""
-        return f"{self.names.layer.format(layer)}.{getattr(self.names, linear)}"
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linear modules of a layer, in the order of computing, under their names in Names."""
+        qkv = ("q_proj", "k_proj", "v_proj") if self.names.qkv_proj is None else ("qkv_proj",)
+        gate_up = ("gate_proj", "up_proj") if self.names.gate_up_proj is None else ("gate_up_proj",)
+        return (*qkv, "o_proj", *gate_up, "down_proj")
 
-    def linear_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
-        """Hub path -> (in, out) of each linear module of a layer."""
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms of a layer, under their names in Names."""
+        return tuple(name for name in NORMS if getattr(self.names, name) is not None)
+
+    def module_path(self, layer: int, name: str) -> str:
+        """Hub path of a layer's linear or norm, such as model.layers.0.self_attn.q_proj."""
+        return f"{self.names.layer.format(layer)}.{getattr(self.names, name)}"
+
+    def linear_shape(self, layer: int, name: str) -> tuple[int, int]:
+        """`(in, out)` of a layer's linear module."""
         spec = self.layers[layer]
         q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        shapes = ((self.dim, q), (self.dim, kv), (self.dim, kv), (q, self.dim))
-        shapes += ((self.dim, spec.ffn), (self.dim, spec.ffn), (spec.ffn, self.dim))
-        return {self.module_path(layer, name): shape for name, shape in zip(LINEARS, shapes)}
+        return {
+            "q_proj": (self.dim, q), "k_proj": (self.dim, kv), "v_proj": (self.dim, kv), "qkv_proj": (self.dim, q + 2 * kv),
+            "o_proj": (q, self.dim), "gate_proj": (self.dim, spec.ffn), "up_proj": (self.dim, spec.ffn),
+            "gate_up_proj": (self.dim, 2 * spec.ffn), "down_proj": (spec.ffn, self.dim),
+        }[name]  # fmt: skip
 
-    def linear_paths(self) -> list[str]:
-        """Hub paths of every linear module of every layer, in order; the head is not among them."""
-        return [self.module_path(i, name) for i in range(len(self.layers)) for name in LINEARS]
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Hub path -> `(in, out)` of every linear module of every layer, in order; the head is not among them."""
+        layers = range(len(self.layers))
+        return {self.module_path(i, name): self.linear_shape(i, name) for i in layers for name in self.linears}
+
+    def module_paths(self) -> list[str]:
+        """Hub paths of every module that holds weights, in order."""
+        inner = [self.module_path(i, name) for i in range(len(self.layers)) for name in (*self.norms, *self.linears)]
+        head = [] if self.names.head is None else [self.names.head]
+        return [self.names.embed, *inner, self.names.norm, *head]
 
 
 def stages(records: Sequence[Record]) -> list[tuple[int, int, int]]:

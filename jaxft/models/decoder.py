@@ -15,29 +15,28 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from jaxft.models import ops
-from jaxft.models.arch import LINEARS, Arch, LayerSpec, stages
-from jaxft.models.attention import KERNELS
+from jaxft.models.arch import NORMS, Arch, LayerSpec, stages
+from jaxft.models.attention import KERNELS, Places
 from jaxft.models.lora import Adaptation, Linear, Trainable, base
 from jaxft.parallel.sharding import check_split, constrain
 
 LINEAR_AXES = {
     "q_proj": ("embed", "heads"), "k_proj": ("embed", "kv_heads"), "v_proj": ("embed", "kv_heads"),
-    "o_proj": ("heads", "embed"), "gate_proj": ("embed", "ffn"), "up_proj": ("embed", "ffn"), "down_proj": ("ffn", "embed"),
+    "qkv_proj": ("embed", "heads"), "o_proj": ("heads", "embed"), "gate_proj": ("embed", "ffn"), "up_proj": ("embed", "ffn"),
+    "gate_up_proj": ("embed", "ffn"), "down_proj": ("ffn", "embed"),
 }  # fmt: skip
 LINEAR_BIAS = {
-    "q_proj": "qkv_bias", "k_proj": "qkv_bias", "v_proj": "qkv_bias", "o_proj": "out_bias",
-    "gate_proj": "mlp_bias", "up_proj": "mlp_bias", "down_proj": "mlp_bias",
+    "q_proj": "qkv_bias", "k_proj": "qkv_bias", "v_proj": "qkv_bias", "qkv_proj": "qkv_bias", "o_proj": "out_bias",
+    "gate_proj": "mlp_bias", "up_proj": "mlp_bias", "gate_up_proj": "mlp_bias", "down_proj": "mlp_bias",
 }  # fmt: skip
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj")
 HIDDEN_AXES = ("batch", None, None)
 
 
 class Context(NamedTuple):
-    """What every layer needs of the tokens: int32 positions and segments of queries `[B,S]` and keys `[B,T]`."""
+    """What every layer needs to know of the tokens."""
 
-    positions: jax.Array
-    segments: jax.Array
-    kv_positions: jax.Array
-    kv_segments: jax.Array
+    places: Places
     start: jax.Array | None  # first cache slot to write, int32 scalar; None without a cache
 
 
@@ -53,58 +52,81 @@ class Cache(NamedTuple):
 class Norm(nnx.Module):
     """RMSNorm of L stacked layers, `weight` `[L,D]` (or `[D]` for the final one)."""
 
-    def __init__(self, paths: tuple[str, ...], shape: tuple[int, ...], plan: Adaptation, eps: float, dtype: Any):
+    def __init__(self, paths: tuple[str, ...], shape: tuple[int, ...], plan: Adaptation, arch: Arch, dtype: Any):
         self.weight = base(plan, paths, shape, ("layers", "norm")[-len(shape) :], dtype)
-        self.eps = eps
+        self.eps, self.plus_one = arch.norm_eps, arch.norm_plus_one
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return ops.rms_norm(x, self.weight[...], self.eps)
+        return ops.rms_norm(x, self.weight[...], self.eps, self.plus_one)
 
 
 class Block(nnx.Module):
-    """One layer of the scan's period: attention and gated FFN, each after a norm and around a residual."""
+    """One layer of the scan's period: attention and gated FFN, each after a norm and around a residual.
+
+    Gemma 2 norms what either gives as well, before it is added.
+    """
 
     def __init__(self, arch: Arch, layers: tuple[int, ...], plan: Adaptation, dtype: Any, kernel: str):
         spec = arch.layers[layers[0]]
-        self.spec, self.rope, self.kernel = spec, arch.rope, kernel
-        for name in ("input_norm", "mlp_norm"):
-            paths = tuple(f"{arch.names.layer.format(i)}.{getattr(arch.names, name)}" for i in layers)
-            setattr(self, name, Norm(paths, (len(layers), arch.dim), plan, arch.norm_eps, dtype))
-        for name in LINEARS:
+        self.spec, self.arch, self.kernel = spec, arch, kernel
+        for name in NORMS:
+            width = spec.head_dim if name in ("q_norm", "k_norm") else arch.dim
             paths = tuple(arch.module_path(i, name) for i in layers)
-            shape, bias = arch.linear_shapes(layers[0])[paths[0]], getattr(spec, LINEAR_BIAS[name])
+            present = name in arch.norms
+            setattr(self, name, Norm(paths, (len(layers), width), plan, arch, dtype) if present else _unchanged)
+        for name in arch.linears:
+            paths, shape = tuple(arch.module_path(i, name) for i in layers), arch.linear_shape(layers[0], name)
+            bias = getattr(spec, LINEAR_BIAS[name])
             setattr(self, name, Linear(paths, shape, LINEAR_AXES[name], plan, bias=bias, dtype=dtype))
 
     def __call__(self, h: jax.Array, context: Context, cache: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
         """h `[B,S,D]` -> h, and the cache `(keys, values)`, each `[B,T,K,H]`, with this call's written in."""
-        x = self.input_norm(h)
-        mixed, cache = self._attend(x, _dropped(x, key, 0, self.q_proj, self.k_proj, self.v_proj), context, cache)
-        h = h + self.o_proj(mixed, _dropped(mixed, key, 1, self.o_proj))
-        x = self.mlp_norm(h)
-        dropped = _dropped(x, key, 2, self.gate_proj, self.up_proj)
-        inner = ops.gated(self.gate_proj(x, dropped), self.up_proj(x, dropped))
-        return h + self.down_proj(inner, _dropped(inner, key, 3, self.down_proj)), cache
+        mixed, cache = self._attend(self.input_norm(h), context, cache, key)
+        h = h + self.attention_norm(self.o_proj(mixed, _dropped(mixed, key, 1, self.o_proj)))
+        inner = self._gated(self.mlp_norm(h), key)
+        return h + self.mlp_output_norm(self.down_proj(inner, _dropped(inner, key, 3, self.down_proj))), cache
 
-    def _attend(self, x: jax.Array, dropped: jax.Array | None, context: Context, cache: Any) -> tuple[jax.Array, Any]:
-        spec, (B, S, _) = self.spec, x.shape
-        q = self.q_proj(x, dropped).reshape(B, S, spec.heads, spec.head_dim)
-        k = self.k_proj(x, dropped).reshape(B, S, spec.kv_heads, spec.head_dim)
-        v = self.v_proj(x, dropped).reshape(B, S, spec.kv_heads, spec.head_dim)
-        frequencies = ops.rope_frequencies(self.rope, spec.head_dim)
-        q, k = (ops.rotate(t, context.positions, frequencies) for t in (q, k))
+    def _attend(self, x: jax.Array, context: Context, cache: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
+        spec, places, (B, S, _) = self.spec, context.places, x.shape
+        q, k, v = self._qkv(x, key)
+        frequencies = ops.rope_frequencies(self.arch.rope, spec.head_dim)
+        q, k = (ops.rotate(t, places.q_positions, frequencies) for t in (self.q_norm(q), self.k_norm(k)))
         q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
         if cache is not None:
             at = (0, context.start, 0, 0)
             k, v = (jax.lax.dynamic_update_slice(old, new, at) for old, new in zip(cache, (k, v)))
             cache = (k, v)
         # The other kernels want keys in order, which a cache does not promise.
-        mixed = KERNELS["dense" if cache is not None else self.kernel](
-            q, k, v,
-            q_positions=context.positions, kv_positions=context.kv_positions,
-            q_segments=context.segments, kv_segments=context.kv_segments,
-            scale=spec.head_dim**-0.5,
-        )  # fmt: skip
+        kernel = KERNELS["dense" if cache is not None else self.kernel]
+        scale = spec.head_dim**-0.5 if self.arch.query_scale is None else self.arch.query_scale
+        mixed = kernel(q, k, v, places, scale=scale, window=spec.window, cap=self.arch.attention_cap)
         return checkpoint_name(mixed, "attention").reshape(B, S, spec.heads * spec.head_dim), cache
+
+    def _qkv(self, x: jax.Array, key: jax.Array | None) -> list[jax.Array]:
+        """Queries `[B,S,N,H]`, keys and values `[B,S,K,H]`, from one fused projection or three."""
+        heads = (self.spec.heads, self.spec.kv_heads, self.spec.kv_heads)
+        parts = self._read(x, key, 0, [name for name in self.arch.linears if name in QKV])
+        if len(parts) == 1:
+            ends = [self.spec.head_dim * sum(heads[: i + 1]) for i in range(2)]
+            parts = jnp.split(parts[0], ends, axis=-1)
+        return [part.reshape(*x.shape[:2], n, self.spec.head_dim) for part, n in zip(parts, heads)]
+
+    def _gated(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """activation(gate) · up, `[B,S,F]`, from one fused projection or two."""
+        parts = self._read(x, key, 2, [name for name in self.arch.linears if name in GATE_UP])
+        gate, up = parts if len(parts) == 2 else jnp.split(parts[0], 2, axis=-1)
+        return ops.ACTIVATIONS[self.arch.activation](gate) * up
+
+    def _read(self, x: jax.Array, key: jax.Array | None, site: int, names: list[str]) -> list[jax.Array]:
+        """What the named linears make of x, under one dropout mask."""
+        readers = [getattr(self, name) for name in names]
+        dropped = _dropped(x, key, site, *readers)
+        return [reader(x, dropped) for reader in readers]
+
+
+def _unchanged(x: jax.Array) -> jax.Array:
+    """Stands where a family has no norm."""
+    return x
 
 
 def _dropped(x: jax.Array, key: jax.Array | None, site: int, *readers: Linear) -> jax.Array | None:
@@ -181,12 +203,12 @@ class Decoder(nnx.Module):
         self.embed = base(plan, (names.embed,), shape, ("vocab", "embed"), dtype)
         cuts = stages([self._record(i, plan) for i in range(len(arch.layers))])
         self.stages = nnx.List([Stage(arch, cut, plan, dtype, attention) for cut in cuts])
-        self.norm = Norm((names.norm,), (arch.dim,), plan, arch.norm_eps, dtype)
+        self.norm = Norm((names.norm,), (arch.dim,), plan, arch, dtype)
         self.head = None if arch.tied_head else base(plan, (names.head,), shape, ("vocab", "embed"), dtype)
 
     def _record(self, layer: int, plan: Adaptation) -> tuple[LayerSpec, tuple[Any, ...]]:
         """What must be equal for two layers to be stacked: shapes, and adapters module by module."""
-        paths = [self.arch.module_path(layer, name) for name in LINEARS]
+        paths = [self.arch.module_path(layer, name) for name in self.arch.linears]
         return self.arch.layers[layer], tuple(plan.adapters.get(path) for path in paths)
 
     def __call__(self, tokens: Any, positions: Any = None, segment_ids: Any = None) -> jax.Array:
@@ -215,8 +237,13 @@ class Decoder(nnx.Module):
         # Gathered over fsdp before the look-up: otherwise the partitioner replicates the rows looked up to reshard them.
         table_VD = constrain(self.embed[...].astype(self.dtype), ("vocab", None), self.mesh)
         h = constrain(table_VD[tokens], HIDDEN_AXES, self.mesh)
+        if self.arch.embed_scale is not None:
+            h = h * jnp.asarray(
+                self.arch.embed_scale, h.dtype
+            )  # rounded to the weights' dtype, as transformers rounds it
         if cache is None:
-            context, layers = Context(positions, segments, positions, segments, None), [None] * len(self.stages)
+            places = Places(positions, positions, segments, segments)
+            context, layers = Context(places, None), [None] * len(self.stages)
         else:
             cache, context = _extend(cache, positions, segments)
             layers = cache.layers
@@ -232,8 +259,10 @@ class Decoder(nnx.Module):
         return (self.embed if self.head is None else self.head)[...]
 
     def logits(self, h: jax.Array) -> jax.Array:
-        """h `[...,D]` -> float32 `[...,V]`."""
-        return jnp.einsum("...D,VD->...V", h, self.head_VD.astype(h.dtype), preferred_element_type=jnp.float32)
+        """h `[...,D]` -> float32 `[...,V]`, capped where the family caps them."""
+        head_VD = self.head_VD.astype(h.dtype)
+        logits = jnp.einsum("...D,VD->...V", h, head_VD, preferred_element_type=jnp.float32)
+        return ops.soft_cap(logits, self.arch.logit_cap)
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A cache of `slots` tokens per row."""
@@ -249,15 +278,16 @@ class Decoder(nnx.Module):
 def _check_heads(arch: Arch, mesh: Mesh | None) -> None:
     """Raises UserError where tensor parallelism would cut a head in two: N·H may divide where N does not."""
     for i, layer in enumerate(arch.layers if mesh is not None else ()):
-        check_split(mesh, "heads", layer.heads, arch.module_path(i, "q_proj"))
-        check_split(mesh, "kv_heads", layer.kv_heads, arch.module_path(i, "k_proj"))
+        fused = arch.names.qkv_proj is not None
+        check_split(mesh, "heads", layer.heads, arch.module_path(i, "qkv_proj" if fused else "q_proj"))
+        check_split(mesh, "kv_heads", layer.kv_heads, arch.module_path(i, "qkv_proj" if fused else "k_proj"))
 
 
 def _extend(cache: Cache, positions: jax.Array, segments: jax.Array) -> tuple[Cache, Context]:
     at = (jnp.zeros((), jnp.int32), cache.used)
     kv_positions = jax.lax.dynamic_update_slice(cache.positions, positions, at)
     kv_segments = jax.lax.dynamic_update_slice(cache.segments, segments, at)
-    context = Context(positions, segments, kv_positions, kv_segments, cache.used)
+    context = Context(Places(positions, kv_positions, segments, kv_segments), cache.used)
     used = cache.used + positions.shape[1]
     return cache._replace(positions=kv_positions, segments=kv_segments, used=used), context
 

@@ -69,7 +69,7 @@ def targets(wanted: str | tuple[str, ...], arch: Arch) -> list[str]:
     `all-linear`: every one. A sequence of names: a path that equals one or ends in `.name`. Any other string: a
     regular expression over the whole path, or a single name. UserError, with what exists, where a name matches nothing.
     """
-    paths = arch.linear_paths()
+    paths = list(arch.linear_shapes())
     if wanted == "all-linear":
         return paths
     if isinstance(wanted, str):

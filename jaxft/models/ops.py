@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +12,28 @@ import numpy as np
 
 from jaxft.models.arch import Llama3Scaling, Rope
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x `[..., D]` over its root mean square in fp32, rounded to x's dtype, then scaled by `weight` `[D]` (as transformers)."""
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, plus_one: bool = False) -> jax.Array:
+    """x `[..., D]` over its root mean square in fp32, rounded to x's dtype, then scaled by `weight` `[D]` (as transformers).
+
+    `plus_one` is Gemma's: scaled by 1 + weight in fp32, and rounded after that.
+    """
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    if plus_one:
+        return (normed * (1 + _like(weight, normed))).astype(x.dtype)
     return normed.astype(x.dtype) * _like(weight, x)
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap · tanh(x / cap), which keeps x within ±cap; x itself where None."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -42,11 +60,6 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.A
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) · up, both `[..., F]`."""
-    return jax.nn.silu(gate) * up
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:

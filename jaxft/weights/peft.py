@@ -81,8 +81,7 @@ def open_adapter(folder: Path, arch: Arch) -> AdapterFiles:
 def _pairs(config: Mapping[str, Any], found: Mapping[str, Slice], arch: Arch, file: Path) -> dict[str, lora.Adapter]:
     """The modules whose pair is stored: the tensors decide, as `target_modules` may name more than was adapted."""
     plain, adapters = bool(config.get("use_rslora", False)), {}
-    shapes = {path: shape for i in range(len(arch.layers)) for path, shape in arch.linear_shapes(i).items()}
-    for path, (n_in, n_out) in shapes.items():
+    for path, (n_in, n_out) in arch.linear_shapes().items():
         a, b = (found.get(f"{path}.lora_{side}.weight") for side in "AB")
         if a is None and b is None:
             continue

@@ -7,10 +7,16 @@ from typing import Any
 
 from jaxft.errors import UserError
 from jaxft.models.arch import Arch
-from jaxft.models.families import llama
+from jaxft.models.families import gemma, gemma2, llama, mistral, openelm, qwen2, qwen3
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Arch]] = {
+    "gemma": gemma.arch,
+    "gemma2": gemma2.arch,
     "llama": llama.arch,
+    "mistral": mistral.arch,
+    "openelm": openelm.arch,
+    "qwen2": qwen2.arch,
+    "qwen3": qwen3.arch,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxft.errors import UserError
@@ -19,9 +19,11 @@ HARMLESS = frozenset(
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences output_scores forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens use_mxfp4 base_model_tp_plan
-    base_model_pp_plan attn_implementation""".split()
+    base_model_pp_plan attn_implementation cache_implementation""".split()
 )
 HARMLESS_PREFIXES = ("_", "unsloth")
+# transformers' names of what ops.ACTIVATIONS computes.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}
 
 
 class Fields:
@@ -42,7 +44,7 @@ class Fields:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise UserError(f"{name}: expected {kind.__name__}, found {value!r}")
-        if kind is int and value <= 0:
+        if kind in (int, float) and not value > 0:
             raise UserError(f"{name}: expected a positive number, found {value}")
         return value
 
@@ -63,12 +65,12 @@ class Fields:
             raise UserError(f"eos_token_id: expected a token id or a list of them, found {named!r}")
         return tuple(ids)
 
-    def rope(self, default_theta: float) -> Rope:
+    def rope(self) -> Rope:
         """Both dialects: `rope_theta` + `rope_scaling` (Hub files), or `rope_parameters` (transformers 5)."""
         parameters = dict(self.take("rope_parameters", dict, {}))
         # As transformers where both are there: the older dialect first, and a theta inside the record before one beside it.
         parameters = dict(self.take("rope_scaling", dict, {})) or parameters
-        parameters.setdefault("rope_theta", self.take("rope_theta", float, default_theta))
+        parameters.setdefault("rope_theta", self.take("rope_theta", float, 10000.0))
         theta = _positive(parameters, "rope_theta")
         kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
         parameters.pop("type", None)
@@ -79,12 +81,71 @@ class Fields:
             raise UserError(f"rope_parameters: {', '.join(parameters)} not understood for rope_type {kind!r}")
         return rope
 
+    def optional(self, name: str, kind: type, default: Any) -> Any:
+        """As `take`, but a null in the file is None, which turns the thing off, and only an absent field is `default`."""
+        return self.take(name, kind, None) if name in self._config else default
+
+    def count(self, name: str, default: int) -> int:
+        """A number that may be 0."""
+        return 0 if self._config.get(name) == 0 else self.take(name, int, default)
+
+    def shared(self, *, family: str, max_positions: int, tied_head: bool = False) -> dict[str, Any]:
+        """What every family but OpenELM writes alike, as fields of an Arch."""
+        return {
+            "family": family,
+            "vocab_size": self.take("vocab_size", int),
+            "dim": self.take("hidden_size", int),
+            "rope": self.rope(),
+            "norm_eps": self.take("rms_norm_eps", float, 1e-6),
+            "tied_head": self.take("tie_word_embeddings", bool, tied_head),
+            "max_positions": self.take("max_position_embeddings", int, max_positions),
+            "init_std": self.take("initializer_range", float, 0.02),
+            "eos_ids": self.eos_ids(),
+        }
+
+    def heads(self, **defaults: int) -> dict[str, int]:
+        """`heads`, `kv_heads` and `head_dim` of a LayerSpec; kv_heads default to heads and head_dim to D / N."""
+        dim, heads = self.take("hidden_size", int), self.take("num_attention_heads", int)
+        kv_heads = self.take("num_key_value_heads", int, defaults.get("kv_heads", heads))
+        if heads % kv_heads:
+            raise UserError(f"num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}")
+        head_dim = self.take("head_dim", int, defaults.get("head_dim", 0))
+        if not head_dim and dim % heads:
+            raise UserError(
+                f"hidden_size: {dim} is not a multiple of num_attention_heads {heads}, and there is no head_dim"
+            )
+        return {"heads": heads, "kv_heads": kv_heads, "head_dim": even("head_dim", head_dim or dim // heads)}
+
+    def activation(self, name: str, default: str) -> str:
+        """One of ops.ACTIVATIONS, by transformers' name."""
+        return ACTIVATIONS[self.require(name, *ACTIVATIONS, default=default)]
+
+    def windows(self, layers: int, window: int | None, default: Callable[[int], bool]) -> list[int | None]:
+        """Per layer the `window` or None: as `layer_types` says, or where there is none, as `default` says of its index."""
+        kinds = self.take("layer_types", list, None)
+        if kinds is None:
+            kinds = ["sliding_attention" if default(i) else "full_attention" for i in range(layers)]
+        if len(kinds) != layers:
+            raise UserError(f"layer_types: {len(kinds)} entries for num_hidden_layers {layers}")
+        known = {"sliding_attention": window, "full_attention": None}
+        for kind in kinds:
+            if kind not in known:
+                raise UserError(f"layer_types: {kind!r} is not supported; supported: {', '.join(map(repr, known))}")
+        return [known[kind] for kind in kinds]
+
     def finish(self) -> None:
         """Raises UserError for a field that no reader knows: computing without it could be quietly wrong."""
         for name, value in self._config.items():
             known = name in self._taken or name in HARMLESS or name.startswith(HARMLESS_PREFIXES)
             if not known and value is not None:
                 raise UserError(f"{name}: {str(value)[:80]!r} is a field that this family's reader does not understand")
+
+
+def even(name: str, head_dim: int) -> int:
+    """`head_dim`, or UserError where it is odd."""
+    if head_dim % 2:
+        raise UserError(f"{name}: {head_dim} is odd; rotary embeddings turn pairs")
+    return head_dim
 
 
 def _positive(parameters: dict[str, Any], name: str) -> float:
