@@ -12,17 +12,20 @@ from typing import Any
 __version__ = "0.1.0"
 
 
-def load(name_or_folder: str, dtype: str = "float32", adapter: str | None = None) -> tuple[Any, Any]:
+def load(
+    name_or_folder: str, dtype: str = "float32", adapter: str | None = None, tokenizer: str | None = None
+) -> tuple[Any, Any]:
     """`(model, tokenizer)` of a Hub id, local folder or builtin:tiny, with a PEFT adapter folder on top where given.
 
     `model(tokens, positions=None, segment_ids=None)` gives float32 logits `[B,S,V]`. `dtype` is that of weights and
-    activations: float32, bfloat16, or auto for the checkpoint's own. Raises `jaxft.errors.UserError`.
+    activations: float32, bfloat16, or auto for the checkpoint's own. `tokenizer` names another than the model's or the
+    adapter's. Raises `jaxft.errors.UserError`.
     """
     from jaxft.data.chat import load_tokenizer
     from jaxft.weights.model import load_decoder
 
-    model, tokenizer_folder = load_decoder(name_or_folder, dtype, adapter)
-    return model, load_tokenizer(tokenizer_folder)
+    model, folder = load_decoder(name_or_folder, dtype, adapter, tokenizer=tokenizer)
+    return model, load_tokenizer(folder)
 
 
 def generate(

@@ -10,6 +10,7 @@ from jaxft.errors import UserError, run_verb
 VERBS = {
     "train": "fine-tune a model and export the best adapter",
     "generate": "continue prompts with a base model or an adapter",
+    "export": "write an adapter anew, or merge it into its base",
     "report": "write a run folder's report again, or compare runs",
 }
 

@@ -18,6 +18,7 @@ HUGGING_FACE_NAMES = {
     "model_name_or_path": "model.name", "lora_r": "lora.rank", "r": "lora.rank", "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout", "target_modules": "lora.targets", "lora_target_modules": "lora.targets",
     "use_rslora": "lora.rslora", "use_dora": "lora.dora", "modules_to_save": "lora.train_modules",
+    "tokenizer_name": "model.tokenizer", "tokenizer_name_or_path": "model.tokenizer",
     "dataset_name": "data.name", "train_file": "data.files", "max_seq_length": "data.max_length",
     "max_seq_len": "data.max_length", "cutoff_len": "data.max_length", "lr": "optim.learning_rate",
     "learning_rate": "optim.learning_rate", "lr_scheduler_type": "optim.schedule", "warmup_ratio": "optim.warmup",
@@ -41,19 +42,30 @@ def apply(config: Config, overrides: typing.Sequence[str], source: str = "the co
         del arguments[at : at + 2]
     if config.lora is None and any(a.startswith("--lora.") for a in arguments):
         config = dataclasses.replace(config, lora=Lora())
+    for name in ("rank_pattern", "alpha_pattern"):
+        if f"--lora.{name}" in arguments:  # replaces the file's; tyro would make keys of what is there
+            config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, **{name: {}}))
     if not arguments:
         return config
     return parse(Config, arguments, default=config, description=f"Values in brackets are those of {source}.")
 
 
 def parse(
-    record: type, arguments: list[str], default: Any = None, prog: str | None = None, description: str = ""
+    record: type,
+    arguments: list[str],
+    default: Any = None,
+    prog: str | None = None,
+    description: str = "",
+    flags: bool = False,
 ) -> Any:
-    """`record` filled from `arguments` by tyro; its complaints become one UserError. `--help` prints and leaves."""
+    """`record` filled from `arguments` by tyro; its complaints become one UserError. `--help` prints and leaves.
+
+    With `flags` a bool field is set by `--field` alone, else by `--field True`.
+    """
     import tyro
 
     complaints = io.StringIO()
-    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    options = (tyro.conf.AvoidSubcommands, *(() if flags else (tyro.conf.FlagConversionOff,)))
     extra = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaints):

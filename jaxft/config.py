@@ -29,10 +29,12 @@ class Model:
     """Hub id (meta-llama/Llama-3.2-1B), local folder, or builtin:tiny."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
+    tokenizer: str | None = None
+    """Hub id or local folder of the tokenizer; where None, the model's own (OpenELM brings none)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen weights and the activations; auto keeps the checkpoint's own."""
     adapter: str | None = None
-    """A PEFT adapter folder to start from; its rank, alpha and targets replace those of `lora`."""
+    """A PEFT adapter folder to start from; what it adapts, its ranks and its alphas replace those of `lora`."""
     init: Literal["weights", "random"] = "weights"
     """random starts from run.seed and reads only config.json and the tokenizer (pretraining, with lora None)."""
     remat: Literal["auto", "none", "dots", "qkv", "full"] = "auto"
@@ -55,15 +57,19 @@ class Lora:
     dropout: float = 0.1
     """Probability of zeroing an element of the adapter's input, in training only."""
     bias: Literal["none", "lora_only", "all"] = "none"
-    """Which biases of the base model are trained too."""
+    """Biases of the base trained too: those of the adapted modules (lora_only), or all."""
     targets: str | tuple[str, ...] = "all-linear"
     """all-linear (every linear layer but the head), module names, or one regular expression over module paths."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks of some modules: {"v_proj": 4}; names or regular expressions over the end of a module path, the first wins."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alphas of some modules, likewise."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
     dora: bool = False
-    """Train a magnitude vector per output beside the pair."""
+    """DoRA: train the length of each output's weights beside their direction."""
     train_modules: tuple[str, ...] = ()
-    """Modules trained in full beside the adapter."""
+    """Modules trained in full beside the adapter, such as lm_head and embed_tokens."""
 
 
 @dataclass(frozen=True)
@@ -321,12 +327,10 @@ def _validate_together(config: Config) -> None:
         )
     if model.quantize != "none":
         raise UserError(f"model.quantize: {model.quantize} is not supported yet; use none")
-    if lora and lora.bias != "none":
-        raise UserError(f"lora.bias: {lora.bias} is not supported yet; use none")
-    if lora and lora.dora:
-        raise UserError("lora.dora: not supported yet; use False")
-    if lora and lora.train_modules:
-        raise UserError("lora.train_modules: not supported yet; use lora None to train every weight")
+    for key, low, high in (("rank_pattern", 1, 65536), ("alpha_pattern", 1e-9, 1e9)) if lora else ():
+        for pattern, value in getattr(lora, key).items():
+            if not low <= value <= high:
+                raise UserError(f"lora.{key}: {pattern!r}: {value!r} is outside {low:g} to {high:g}")
     if lora is None and model.adapter:
         raise UserError("model.adapter: an adapter cannot be continued with lora None; give a lora section")
     for name in ("coordinator", "num_processes", "process_id"):
@@ -344,6 +348,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in arguments
     if origin is tuple:
         return isinstance(value, (tuple, list)) and all(_fits(v, arguments[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items()
+        )
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
@@ -359,6 +367,8 @@ def _say(hint: Any) -> str:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
         return f"a tuple of {_say(arguments[0])}"
+    if origin is dict:
+        return f"a dict from {_say(arguments[0])} to {_say(arguments[1])}"
     return {type(None): "None", float: "a finite number"}.get(hint) or hint.__name__
 
 

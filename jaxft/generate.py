@@ -23,6 +23,8 @@ class Options:
     """Hub id, local folder, or builtin:tiny; where None, the base that the adapter names."""
     adapter: str | None = None
     """A PEFT adapter folder."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, where neither adapter nor model brings one."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
     temperature: float = 0.0
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--max-new-tokens must be at least 1, and --temperature at least 0")
     from jaxft.evals.decode import complete
 
-    model, tokenizer = jaxft.load(_base(options), options.dtype, options.adapter)
+    model, tokenizer = jaxft.load(_base(options), options.dtype, options.adapter, options.tokenizer)
     asked = prompts if options.template == "none" else _rendered(tokenizer, prompts, options.template)
     settings = {"temperature": options.temperature, "seed": options.seed}
     for answer in complete(model, tokenizer, asked, max_new_tokens=options.max_new_tokens, **settings):
@@ -55,12 +57,9 @@ def _base(options: Options) -> str:
         return options.model
     if options.adapter is None:
         raise UserError("--model: missing; give a Hub id, a local folder or builtin:tiny")
-    from jaxft.weights.hub import read_json
+    from jaxft.weights.peft import base_name
 
-    named = read_json(Path(options.adapter) / "adapter_config.json", "a PEFT adapter").get("base_model_name_or_path")
-    if not named:
-        raise UserError(f"--model: missing, and {options.adapter} names no base model")
-    return named
+    return base_name(Path(options.adapter))
 
 
 def _rendered(tokenizer: Any, prompts: list[str], template: str) -> list[list[int]]:

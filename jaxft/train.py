@@ -105,7 +105,7 @@ def prepare(settings: config.Config) -> Job:
     splits = rows.load(settings.data, settings.run.seed)
     tasks.check(settings.eval.tasks, (splits.test or splits.validation)[: settings.eval.limit])
     source = model.find(settings.model, settings.lora)
-    tokenizer = chat.load_tokenizer(source.folder)
+    tokenizer = chat.load_tokenizer(source.tokenizer)
     mesh = make_mesh(settings.mesh)
     _check_batch(settings.optim, mesh)
     data = dataset.build(settings, splits, tokenizer, source.arch.vocab_size, source.arch.max_positions)
@@ -182,11 +182,15 @@ def _facts(job: Job, loaded: Loaded, before: dict[str, Any]) -> dict[str, Any]:
 
 
 def _banner(job: Job, folder: RunFolder, resumed: int | None) -> None:
+    from jaxft.models import lora
+
     model, device, optim = folder.results["model"], folder.results["device"], job.config.optim
     trainable, parameters = model["trainable"], model["parameters"]
+    adapted = lora.described(job.source.plan)
     shape = ", ".join(f"{name}={size}" for name, size in job.mesh.shape.items())
     data = job.data.facts
     print(f"model: {model['name']} ({model['family']}, {model['dtype']})")
+    print(f"trained: {adapted}")
     print(
         f"trainable params: {trainable:,} || all params: {parameters:,} || trainable%: {100 * trainable / parameters:.4f}"
     )
@@ -286,17 +290,20 @@ def _export(job: Job, loaded: Loaded, folder: RunFolder, best: dict[str, Any]) -
     from jaxft.weights import merged, peft
     from jaxft.weights.card import write_card
 
-    source, settings = job.source, job.config
-    if settings.lora is None:
+    source, model = job.source, job.config.model
+    if job.config.lora is None:
         target = folder.path / "model"
-        merged.save(target, loaded.rows, best, source.folder, source.stored)
+        config = merged.config_for(source.folder, model.name, source.arch, source.plan, source.stored)
+        tensors = merged.trained(loaded.rows, best, source.stored)
+        merged.save(target, tensors, config, source.folder, source.tokenizer)
+        note = ""
     else:
         target = folder.path / "adapter"
-        model = settings.model
         peft.save(target, loaded.rows, best, source.plan, source.arch, model.name, model.revision)
-        merged.copy_files(source.folder, target)
+        merged.copy_files(source.tokenizer, target)
+        note = f" ({peft.vllm_verdict(source.plan, source.arch)})"
     write_card(target, folder.settings, folder.results, folder.results["best_loss"])
-    print(f"{target.name}: {target}")
+    print(f"{target.name}: {target}{note}")
 
 
 if __name__ == "__main__":

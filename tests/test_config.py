@@ -32,7 +32,7 @@ def test_a_config_is_found_by_path_and_by_name_and_names_its_run_folder(file):
 def test_every_field_can_be_overridden_with_hyphens_or_underscores(file):
     optim = "--optim.learning-rate 1e-3 --optim.max_steps 7 --run.seed 3"
     data = "--data.files a.jsonl b.jsonl --data.packing false"
-    lora = "--lora.rank=4 --lora.targets q_proj v_proj --eval.patience none"
+    lora = "--lora.rank=4 --lora.targets q_proj v_proj --eval.patience none --lora.rank-pattern v_proj 2 q_proj 3"
     made = config.load(file, f"{optim} {data} {lora}".split())
     assert made.optim.learning_rate == 1e-3
     assert made.optim.max_steps == 7
@@ -40,7 +40,14 @@ def test_every_field_can_be_overridden_with_hyphens_or_underscores(file):
     assert made.data.packing is False
     assert made.eval.patience is None
     assert (made.lora.rank, tuple(made.lora.targets)) == (4, ("q_proj", "v_proj"))
+    assert made.lora.rank_pattern == {"v_proj": 2, "q_proj": 3}
     assert made.run.seed == 3
+
+
+def test_a_pattern_of_the_file_is_kept_or_replaced_whole(file):
+    file.write_text(MINIMAL.replace("Config(", "Config(lora=Lora(rank_pattern={'v_proj': 2}), "))
+    assert config.load(file, ["--lora.rank", "4"]).lora == config.Lora(rank=4, rank_pattern={"v_proj": 2})
+    assert config.load(file, ["--lora.rank_pattern", "q_proj", "5"]).lora.rank_pattern == {"q_proj": 5}
 
 
 def test_fields_of_every_type_survive_their_own_text():
@@ -48,7 +55,7 @@ def test_fields_of_every_type_survive_their_own_text():
     for section, record in config.SECTIONS.items():
         for field in dataclasses.fields(record):
             value = getattr(getattr(base, section), field.name)
-            words = [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
+            words = [str(v) for v in value] if isinstance(value, (tuple, dict)) else [str(value)]
             assert command_line.apply(base, [f"--{section}.{field.name}", *words]) == base, field.name
 
 
@@ -76,7 +83,8 @@ def test_lora_none_trains_every_weight_and_a_lora_field_brings_it_back(file):
         (["stray"], "stray"),
         (["--lora", "4"], "--lora.rank"),
         (["--model.quantize", "int8"], "not supported yet"),
-        (["--lora.dora", "True"], "not supported yet"),
+        (["--lora.rank_pattern", "v_proj", "0"], "lora.rank_pattern: 'v_proj': 0 is outside 1 to 65536"),
+        (["--lora.rank_pattern", "v_proj", "many"], "rank-pattern"),
         (["--mesh.coordinator", "host:1234"], "not supported yet"),
         (["--mesh.process_id", "0"], "not supported yet"),
     ],

@@ -9,7 +9,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from checkpoints import LOGITS, assert_equals_torch, assert_same, edit_config, llama, outputs, reload, save, tokens, torch_logits
+from checkpoints import (
+    LOGITS,
+    assert_equals_torch,
+    assert_same,
+    edit_config,
+    llama,
+    outputs,
+    reload,
+    save,
+    tokens,
+    torch_logits,
+)
 
 from jaxft.errors import UserError
 from jaxft.models.attention import MIN_BLOCK

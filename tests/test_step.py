@@ -71,7 +71,7 @@ def keeps_gradient():
 
 def by_name(rows, arrays):
     """Hub name -> array in the Hub's orientation, of the trainable tensors."""
-    return {name: part for row in rows if row.trainable for name, part in hub_tensors(row, arrays[row.path])}
+    return {name: part for row in rows if row.trainable for name, part in hub_tensors(row, row.names, arrays[row.path])}
 
 
 def assert_close(found, wanted):

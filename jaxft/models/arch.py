@@ -73,6 +73,10 @@ class Names:
     down_proj: str = "mlp.down_proj"
 
 
+BIASES = {
+    "q_proj": "qkv_bias", "k_proj": "qkv_bias", "v_proj": "qkv_bias", "qkv_proj": "qkv_bias", "o_proj": "out_bias",
+    "gate_proj": "mlp_bias", "up_proj": "mlp_bias", "gate_up_proj": "mlp_bias", "down_proj": "mlp_bias",
+}  # fmt: skip
 NORMS = ("input_norm", "q_norm", "k_norm", "attention_norm", "mlp_norm", "mlp_output_norm")
 
 
@@ -128,6 +132,16 @@ class Arch:
         """Hub path -> `(in, out)` of every linear module of every layer, in order; the head is not among them."""
         layers = range(len(self.layers))
         return {self.module_path(i, name): self.linear_shape(i, name) for i in layers for name in self.linears}
+
+    def has_bias(self, path: str) -> bool:
+        """Whether the linear module at `path` has a bias."""
+        layers = range(len(self.layers))
+        return any(
+            getattr(self.layers[i], BIASES[name])
+            for i in layers
+            for name in self.linears
+            if self.module_path(i, name) == path
+        )
 
     def module_paths(self) -> list[str]:
         """Hub paths of every module that holds weights, in order."""

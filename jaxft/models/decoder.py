@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from jaxft.models import ops
-from jaxft.models.arch import NORMS, Arch, LayerSpec, stages
+from jaxft.models.arch import BIASES, NORMS, Arch, LayerSpec, stages
 from jaxft.models.attention import KERNELS, Places
 from jaxft.models.lora import Adaptation, Linear, Trainable, base
 from jaxft.parallel.sharding import check_split, constrain
@@ -24,10 +24,6 @@ LINEAR_AXES = {
     "q_proj": ("embed", "heads"), "k_proj": ("embed", "kv_heads"), "v_proj": ("embed", "kv_heads"),
     "qkv_proj": ("embed", "heads"), "o_proj": ("heads", "embed"), "gate_proj": ("embed", "ffn"), "up_proj": ("embed", "ffn"),
     "gate_up_proj": ("embed", "ffn"), "down_proj": ("ffn", "embed"),
-}  # fmt: skip
-LINEAR_BIAS = {
-    "q_proj": "qkv_bias", "k_proj": "qkv_bias", "v_proj": "qkv_bias", "qkv_proj": "qkv_bias", "o_proj": "out_bias",
-    "gate_proj": "mlp_bias", "up_proj": "mlp_bias", "gate_up_proj": "mlp_bias", "down_proj": "mlp_bias",
 }  # fmt: skip
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj")
 HIDDEN_AXES = ("batch", None, None)
@@ -76,7 +72,7 @@ class Block(nnx.Module):
             setattr(self, name, Norm(paths, (len(layers), width), plan, arch, dtype) if present else _unchanged)
         for name in arch.linears:
             paths, shape = tuple(arch.module_path(i, name) for i in layers), arch.linear_shape(layers[0], name)
-            bias = getattr(spec, LINEAR_BIAS[name])
+            bias = getattr(spec, BIASES[name])
             setattr(self, name, Linear(paths, shape, LINEAR_AXES[name], plan, bias=bias, dtype=dtype))
 
     def __call__(self, h: jax.Array, context: Context, cache: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
@@ -198,18 +194,30 @@ class Decoder(nnx.Module):
         plan = plan or Adaptation()
         self.arch, self.remat, self.mesh, self.dtype = arch, remat, mesh, jnp.dtype(dtype)
         _check_heads(arch, mesh)
-        names = arch.names
-        shape = (arch.vocab_size, arch.dim)
+        names, shape = arch.names, (arch.vocab_size, arch.dim)
         self.embed = base(plan, (names.embed,), shape, ("vocab", "embed"), dtype)
         cuts = stages([self._record(i, plan) for i in range(len(arch.layers))])
         self.stages = nnx.List([Stage(arch, cut, plan, dtype, attention) for cut in cuts])
         self.norm = Norm((names.norm,), (arch.dim,), plan, arch, dtype)
-        self.head = None if arch.tied_head else base(plan, (names.head,), shape, ("vocab", "embed"), dtype)
+        self.head = self._head(plan, dtype)
+
+    def _head(self, plan: Adaptation, dtype: Any) -> nnx.Variable | None:
+        """The output matrix, or None where it is the embedding itself.
+
+        A tied head and embedding part as soon as one of them is trained in full, each beginning as the other, because that
+        is what PEFT makes of such an adapter.
+        """
+        arch, names = self.arch, self.arch.names
+        parted = plan.modules & {names.embed, names.head} if names.head is not None else ()
+        if arch.tied_head and not parted:
+            return None
+        stored = (names.embed,) if arch.tied_head else None
+        return base(plan, (names.head,), (arch.vocab_size, arch.dim), ("vocab", "embed"), dtype, stored=stored)
 
     def _record(self, layer: int, plan: Adaptation) -> tuple[LayerSpec, tuple[Any, ...]]:
-        """What must be equal for two layers to be stacked: shapes, and adapters module by module."""
-        paths = [self.arch.module_path(layer, name) for name in self.arch.linears]
-        return self.arch.layers[layer], tuple(plan.adapters.get(path) for path in paths)
+        """What must be equal for two layers to be stacked: shapes, and what is trained module by module."""
+        paths = [self.arch.module_path(layer, name) for name in (*self.arch.norms, *self.arch.linears)]
+        return self.arch.layers[layer], tuple(plan.of(path) for path in paths)
 
     def __call__(self, tokens: Any, positions: Any = None, segment_ids: Any = None) -> jax.Array:
         """Float32 logits `[B,S,V]` of int tokens `[B,S]`; positions count from 0 and segments are all 1 where None."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ class Trainable(nnx.Variable):
 
 
 class LoraParam(Trainable):
-    """A or B of a low-rank pair."""
+    """A or B of a low-rank pair, or DoRA's magnitude beside it."""
 
 
 class Tuned(Trainable):
@@ -34,12 +36,13 @@ class Tuned(Trainable):
 
 @dataclass(frozen=True)
 class Adapter:
-    """One pair: y = x W + scale · dropout(x) A B."""
+    """One pair: y = x W + scale · dropout(x) A B; with `dora`, that times a trained magnitude over its weights' length."""
 
     rank: int
     alpha: float
     dropout: float = 0.0
     rslora: bool = False
+    dora: bool = False
 
     @property
     def scale(self) -> float:
@@ -49,18 +52,85 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Which modules, by Hub path, have a pair, or that every base tensor is trained in place."""
+    """What is trained, by Hub path: modules with a pair, modules in full, biases alone; or every base tensor in place."""
 
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    modules: frozenset[str] = frozenset()
+    biases: frozenset[str] = frozenset()
     every_weight: bool = False
+
+    def trains(self, path: str, leaf: str) -> bool:
+        """Whether the base tensor `path.leaf` is trained."""
+        return self.every_weight or path in self.modules or (leaf == "bias" and path in self.biases)
+
+    def of(self, path: str) -> tuple[Adapter | None, bool, bool]:
+        """All that is planned for one module; layers can be stacked where this agrees."""
+        return self.adapters.get(path), path in self.modules, path in self.biases
+
+    @property
+    def bias(self) -> str:
+        """PEFT's name for the biases trained: none, lora_only (of the modules with a pair) or all."""
+        return "none" if not self.biases else "lora_only" if self.biases <= self.adapters.keys() else "all"
 
 
 def adaptation(lora: Lora | None, arch: Arch) -> Adaptation:
-    """What `lora` means for `arch`; None trains every weight. Raises UserError for a target that matches nothing."""
+    """What `lora` means for `arch`; None trains every weight. Raises UserError for a name that matches nothing."""
     if lora is None:
         return Adaptation(every_weight=True)
-    adapter = Adapter(lora.rank, float(lora.alpha), lora.dropout, lora.rslora)
-    return Adaptation({path: adapter for path in targets(lora.targets, arch)})
+    paths = targets(lora.targets, arch)
+    ranks = by_pattern(lora.rank_pattern, paths, lora.rank, "lora.rank_pattern")
+    alphas = by_pattern(lora.alpha_pattern, paths, lora.alpha, "lora.alpha_pattern")
+    adapters = {p: Adapter(ranks[p], float(alphas[p]), lora.dropout, lora.rslora, lora.dora) for p in paths}
+    modules = in_full(lora.train_modules, arch)
+    both = sorted(modules & adapters.keys())
+    if both:
+        raise UserError(
+            f"lora.train_modules and lora.targets both name {both[0]}; a module has a pair or is trained in full"
+        )
+    biased = {"none": (), "lora_only": paths, "all": arch.linear_shapes()}[lora.bias]
+    return Adaptation(adapters, modules, frozenset(path for path in biased if arch.has_bias(path)))
+
+
+def described(plan: Adaptation) -> str:
+    """What is trained, in a line: pairs by rank and module, modules in full, biases."""
+    if plan.every_weight:
+        return "every weight"
+    kinds = Counter((pair.rank, pair.alpha, path.rpartition(".")[2]) for path, pair in plan.adapters.items())
+    settings = list(dict.fromkeys(kind[:2] for kind in kinds))
+    said = []
+    for rank, alpha in settings:
+        leaves = " ".join(f"{leaf}×{n}" for (r, a, leaf), n in kinds.items() if (r, a) == (rank, alpha))
+        said.append(f"{'DoRA' if next(iter(plan.adapters.values())).dora else 'LoRA'} r={rank} α={alpha:g} on {leaves}")
+    if plan.modules:
+        said.append(f"in full {', '.join(sorted(plan.modules))}")
+    if plan.biases:
+        said.append(f"{len(plan.biases)} biases")
+    return "; ".join(said)
+
+
+def by_pattern(patterns: Mapping[str, float], paths: Sequence[str], default: float, key: str) -> dict[str, Any]:
+    """Path -> the value of the first of `patterns` that matches the path's end, by PEFT's rule; else `default`.
+
+    Raises UserError for what is no regular expression, and for one that matches none of `paths`.
+    """
+    try:
+        compiled = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
+    except re.error as error:
+        raise UserError(f"{key}: {error.pattern!r} is not a regular expression: {error}") from error
+    idle = [p for p, (expression, _) in zip(patterns, compiled) if not any(expression.match(path) for path in paths)]
+    if idle:
+        raise UserError(f"{key}: {idle[0]!r} matches no adapted module (e.g. {paths[0]})")
+    return {path: next((value for e, value in compiled if e.match(path)), default) for path in paths}
+
+
+def in_full(names: Sequence[str], arch: Arch) -> frozenset[str]:
+    """Hub paths of the modules that `names` select: those that equal one or end in `.name`. UserError for an idle name."""
+    paths = arch.module_paths()
+    idle = [name for name in names if not any(_named(path, name) for path in paths)]
+    if idle:
+        existing = sorted({path.rpartition(".")[2] for path in paths})
+        raise UserError(f"lora.train_modules: {idle[0]!r} matches no module; {arch.family} has {', '.join(existing)}")
+    return frozenset(path for path in paths if any(_named(path, name) for name in names))
 
 
 def targets(wanted: str | tuple[str, ...], arch: Arch) -> list[str]:
@@ -97,8 +167,8 @@ def _named(path: str, name: str) -> bool:
 class Linear(nnx.Module):
     """y = x W (+ bias) (+ the pair), for one module of each of L stacked layers; a scan strips the leading axis.
 
-    `kernel` `[L,in,out]`, `bias` `[L,out]`, `a` `[L,in,R]`, `b` `[L,R,out]`. Every variable carries its logical `axes`,
-    the Hub `names` of its L tensors, and whether the file holds its transpose.
+    `kernel` `[L,in,out]`, `bias` `[L,out]`, `a` `[L,in,R]`, `b` `[L,R,out]`, `magnitude` `[L,out]`. Every variable carries
+    its logical `axes`, the Hub `names` of its L tensors, and whether the file holds its transpose.
     """
 
     def __init__(
@@ -117,21 +187,38 @@ class Linear(nnx.Module):
         self.bias = base(plan, paths, (L, n_out), ("layers", axes[1]), dtype, leaf="bias") if bias else None
         if self.adapter is not None:
             R = self.adapter.rank
-            a = {"axes": ("layers", axes[0], None), "names": _names(paths, "lora_A.weight"), "transposed": True}
-            b = {"axes": ("layers", None, axes[1]), "names": _names(paths, "lora_B.weight"), "transposed": True}
-            self.a = LoraParam(jnp.zeros((L, n_in, R), jnp.float32), **a)
-            self.b = LoraParam(jnp.zeros((L, R, n_out), jnp.float32), **b)
+            self.a = _pair(paths, "lora_A.weight", (L, n_in, R), ("layers", axes[0], None))
+            self.b = _pair(paths, "lora_B.weight", (L, R, n_out), ("layers", None, axes[1]))
+            if self.adapter.dora:
+                self.magnitude = _pair(paths, "lora_magnitude_vector", (L, n_out), ("layers", axes[1]))
 
     def __call__(self, x: jax.Array, dropped: jax.Array | None = None) -> jax.Array:
         """x `[B,S,in]` -> `[B,S,out]`; `dropped` is x after dropout, for the pair alone (x itself where None)."""
         y = x @ self.kernel[...].astype(x.dtype)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)[None, None, :]
         if self.adapter is not None:
             x = x if dropped is None else dropped
             # x A first: A B as a matrix would cost in · out a token.
             y = y + (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype) * self.adapter.scale
-        return y
+            if self.adapter.dora:
+                y = y * (self.magnitude[...] / self._norm()).astype(x.dtype)[None, None, :]
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None, None, :]
+
+    def _norm(self) -> jax.Array:
+        """Length of each output's weights W + scale · A B, fp32 `[out]`, constant in the backward pass (as DoRA's authors).
+
+        Expanded as |W|² + 2 W·AB + |AB|², so that A B is never formed.
+        """
+        scale, a, b = self.adapter.scale, self.a[...], self.b[...]
+        kernel = self.kernel[...].astype(jnp.float32)
+        crossed = jnp.sum((a.T @ kernel) * b, axis=0)
+        added = jnp.sum(((a.T @ a) @ b) * b, axis=0)
+        square = jnp.sum(jnp.square(kernel), axis=0) + 2 * scale * crossed + scale**2 * added
+        return jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny)))
+
+
+def _pair(paths: tuple[str, ...], leaf: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> LoraParam:
+    names = _names(paths, leaf)
+    return LoraParam(jnp.zeros(shape, jnp.float32), axes=axes, names=names, saved=names, transposed=len(shape) == 3)
 
 
 def base(
@@ -143,11 +230,22 @@ def base(
     *,
     leaf: str = "weight",
     transposed: bool = False,
+    stored: tuple[str, ...] | None = None,
 ) -> nnx.Variable:
-    """A variable for the base tensors `path.leaf`: frozen in `dtype`, or trained in place in float32."""
-    kind = Tuned if plan.every_weight else Frozen
-    value = jnp.zeros(shape, jnp.float32 if issubclass(kind, Trainable) else dtype)
-    return kind(value, axes=axes, names=_names(paths, leaf), transposed=transposed)
+    """A variable for the base tensors `path.leaf`: frozen in `dtype`, or trained in place in float32.
+
+    `stored` are the paths under which the checkpoint holds them, where those are others.
+    """
+    trained = plan.trains(paths[0], leaf)
+    saved = _names(paths, f"base_layer.{leaf}" if paths[0] in plan.adapters else leaf)  # as PEFT nests and saves them
+    return (Tuned if trained else Frozen)(
+        jnp.zeros(shape, jnp.float32 if trained else dtype),
+        axes=axes,
+        names=_names(stored or paths, leaf),
+        saved=saved if trained and not plan.every_weight else None,
+        copied=paths[0] in plan.modules,
+        transposed=transposed,
+    )
 
 
 def _names(paths: tuple[str, ...], leaf: str) -> tuple[str, ...]:

@@ -23,7 +23,11 @@ from jaxft.parallel import sharding
 
 @dataclass(frozen=True)
 class Tensor:
-    """One variable. `names` are the Hub's tensors it holds, stacked on the leading axis where that is `layers`."""
+    """One variable. `names` are the Hub's tensors it holds, stacked on the leading axis where that is `layers`.
+
+    `adapter` says that it is a low-rank pair's and no checkpoint has it. `saved` are its names in an adapter's file, None
+    where an adapter does not hold it. `copied` says that PEFT trains a copy of it beside the original.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -33,6 +37,8 @@ class Tensor:
     transposed: bool
     trainable: bool
     adapter: bool
+    saved: tuple[str, ...] | None
+    copied: bool
 
     @property
     def stacked(self) -> bool:
@@ -71,13 +77,22 @@ def _row(path: tuple[Any, ...], variable: nnx.Variable) -> Tensor:
         transposed=about["transposed"],
         trainable=isinstance(variable, Trainable),
         adapter=isinstance(variable, LoraParam),
+        saved=about["saved"],
+        copied=about.get("copied", False),
     )
 
 
 def count_parameters(rows: Iterable[Tensor]) -> tuple[int, int]:
-    """`(trainable, all)`, as PEFT counts them: adapters are part of all."""
+    """`(trainable, all)`, as PEFT counts them: all is the checkpoint's tensors, the pairs, and copies of modules in full."""
     rows = list(rows)
-    return sum(r.size for r in rows if r.trainable), sum(r.size for r in rows)
+    stored = {name: math.prod(row.hub_shape) for row in rows if not row.adapter for name in row.names}
+    added = sum(row.size for row in rows if row.adapter or row.copied)
+    return sum(row.size for row in rows if row.trainable), sum(stored.values()) + added
+
+
+def initial_magnitude(kernel: jax.Array) -> jax.Array:
+    """DoRA's start, with which a fresh pair changes nothing: the length of each output's weights, `[L,in,out]` -> `[L,out]`."""
+    return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=1))
 
 
 def initial_adapter(row: Tensor, seed: int) -> jax.Array:

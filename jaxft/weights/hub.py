@@ -10,40 +10,42 @@ from typing import Any
 from jaxft.errors import UserError
 
 BUILTIN = {"builtin:tiny": Path(__file__).resolve().parent.parent / "tiny" / "base"}
-NEEDED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]
+WEIGHTS = [*TOKENIZER, "*.safetensors"]
 
 
-def local_folder(name: str, revision: str | None = None) -> Path:
+def local_folder(name: str, revision: str | None = None, *, key: str = "model.name") -> Path:
     """The folder that holds model `name`: built in, local, or downloaded from the Hub into its cache.
 
-    Raises UserError naming the repository, what was looked at, and what to do.
+    For the `key` model.tokenizer weights are left where they are. Raises UserError naming the repository, what was looked
+    at, and what to do.
     """
     if name in BUILTIN:
         return BUILTIN[name]
     if not name:
-        raise UserError(
-            f"model.name: not set; give a local folder, a Hub id such as owner/model, or {', '.join(BUILTIN)}"
-        )
+        raise UserError(f"{key}: not set; give a local folder, a Hub id such as owner/model, or {', '.join(BUILTIN)}")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if name.startswith("builtin:"):
-        raise UserError(f"model.name: {name!r} is not built in; built in: {', '.join(BUILTIN)}")
+        raise UserError(f"{key}: {name!r} is not built in; built in: {', '.join(BUILTIN)}")
     if folder.is_file():
-        raise UserError(f"model.name: {name} is a file; give the folder that holds config.json")
+        raise UserError(f"{key}: {name} is a file; give the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(
-            f"model.name: no folder {name} (looked at {folder.absolute()}); a Hub id looks like owner/model"
-        )
-    return _download(name, revision)
+        raise UserError(f"{key}: no folder {name} (looked at {folder.absolute()}); a Hub id looks like owner/model")
+    return _download(name, revision, key)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, key: str) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    where = f"model.name: {name}" + (f" at revision {revision}" if revision else "")
+    where = f"{key}: {name}" + (f" at revision {revision}" if revision else "")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=TOKENIZER if key == "model.tokenizer" else WEIGHTS
+            )
+        )
     except errors.GatedRepoError as error:
         raise UserError(
             f"{where} is gated; accept its licence at https://huggingface.co/{name}, then run `hf auth login` or set HF_TOKEN"

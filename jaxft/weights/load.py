@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxft.errors import UserError
 from jaxft.models.arch import Arch
 from jaxft.models.families import arch_from_config
-from jaxft.models.tensors import Tensor, initial_adapter, initial_weight
+from jaxft.models.tensors import Tensor, initial_adapter, initial_magnitude, initial_weight
 from jaxft.weights.hub import read_json
 from jaxft.weights.shards import Slice
 
@@ -44,36 +44,37 @@ def stored_dtype(folder: Path, files: Mapping[str, Slice] | None, arch: Arch) ->
 
 def load_base(files: Mapping[str, Slice], rows: Iterable[Tensor], mesh: Mesh) -> dict[str, jax.Array]:
     """Path -> array for the base tensors of a table that `check` has passed, on `mesh`, cast to their rows' dtypes."""
-    return {row.path: read_tensor(files, row, mesh) for row in rows if not row.adapter}
+    return {row.path: read_tensor(files, row, row.names, mesh) for row in rows if not row.adapter}
 
 
-def check(files: Mapping[str, Slice], rows: Iterable[Tensor], arch: Arch, source: str) -> None:
+def check_base(files: Mapping[str, Slice], rows: Iterable[Tensor], arch: Arch, source: str) -> None:
     """Raises one UserError listing every tensor that is missing, unexpected, or of another shape than the model's."""
-    wanted = {name: row.hub_shape for row in rows for name in row.names}
+    wanted = {name: row.hub_shape for row in rows if not row.adapter for name in row.names}
     # Tied checkpoints may repeat the embedding as the head, and old ones store the rotary frequencies.
     spare = {f"{arch.names.head}.weight"} if arch.tied_head else set()
-    faults = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in files]
+    found = {name: t for name, t in files.items() if name not in spare and not name.endswith("rotary_emb.inv_freq")}
+    check(found, wanted, f"{source}: {{}} tensors do not fit config.json")
+
+
+def check(found: Mapping[str, Slice], wanted: Mapping[str, tuple[int, ...]], complaint: str) -> None:
+    """Raises one UserError, `complaint` with the number of faults, listing what is missing, unexpected or misshapen."""
+    faults = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in found]
+    faults += [f"unexpected {name} {tensor.shape}" for name, tensor in found.items() if name not in wanted]
     faults += [
-        f"unexpected {name} {found.shape}"
-        for name, found in files.items()
-        if name not in wanted and name not in spare and not name.endswith("rotary_emb.inv_freq")
-    ]
-    faults += [
-        f"{name}: file {files[name].shape}, model {shape}"
+        f"{name}: file {found[name].shape}, model {shape}"
         for name, shape in wanted.items()
-        if name in files and files[name].shape != shape
+        if name in found and found[name].shape != shape
     ]
     if faults:
-        raise UserError(f"{source}: {len(faults)} tensors do not fit config.json: {'; '.join(faults)}")
+        raise UserError(f"{complaint.format(len(faults))}: {'; '.join(faults)}")
 
 
-def read_tensor(files: Mapping[str, Slice], row: Tensor, mesh: Mesh) -> jax.Array:
-    """The row's variable on `mesh`, stacked from its named tensors; each device reads only its own slice of each."""
+def read_tensor(files: Mapping[str, Slice], row: Tensor, names: tuple[str, ...], mesh: Mesh) -> jax.Array:
+    """The row's variable on `mesh`, stacked from the tensors `names`; each device reads only its own slice of each."""
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
-        names = row.names[index[0]] if row.stacked else row.names
         inner = index[1:] if row.stacked else index
-        pieces = [_oriented(files[name], inner, row.transposed) for name in names]
+        pieces = [_oriented(files[name], inner, row.transposed) for name in (names[index[0]] if row.stacked else names)]
         if not row.stacked:
             return np.asarray(pieces[0], row.dtype)
         out = np.empty((len(pieces), *pieces[0].shape), row.dtype)
@@ -97,6 +98,13 @@ def random_base(rows: Iterable[Tensor], arch: Arch, mesh: Mesh, seed: int) -> di
     }
 
 
-def fresh_adapter(rows: Iterable[Tensor], mesh: Mesh, seed: int) -> dict[str, jax.Array]:
-    """Path -> array: new pairs, which change nothing yet."""
-    return {row.path: jax.device_put(initial_adapter(row, seed), row.sharding(mesh)) for row in rows if row.adapter}
+def fresh_adapter(rows: Iterable[Tensor], base: Mapping[str, jax.Array], mesh: Mesh, seed: int) -> dict[str, jax.Array]:
+    """Path -> array: new pairs, which change nothing yet, beside the arrays of `base`."""
+    return {row.path: _fresh(row, base, mesh, seed) for row in rows if row.adapter}
+
+
+def _fresh(row: Tensor, base: Mapping[str, jax.Array], mesh: Mesh, seed: int) -> jax.Array:
+    module, _, leaf = row.path.rpartition(".")
+    if leaf == "magnitude":
+        return jax.jit(initial_magnitude, out_shardings=row.sharding(mesh))(base[f"{module}.kernel"])
+    return jax.device_put(initial_adapter(row, seed), row.sharding(mesh))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxft.models.arch import Arch
+from jaxft.models.lora import Adaptation, Adapter
 from jaxft.models.tensors import Tensor
 from jaxft.weights.hub import read_json
-from jaxft.weights.peft import hub_tensors
-from jaxft.weights.shards import write_file
+from jaxft.weights.peft import AdapterFiles
+from jaxft.weights.shards import Slice, write_file
 
 SHARD_BYTES = 4 << 30
 TOKENIZER_FILES = (
@@ -23,33 +27,119 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def save(folder: Path, rows: Iterable[Tensor], arrays: Mapping[str, jax.Array], source: Path, dtype: Any) -> None:
-    """Writes every base tensor in `dtype`, with the configuration and tokenizer of the folder `source`."""
+@dataclass(frozen=True)
+class Pending:
+    """A tensor to be written: its name and size are known before `read` gives its values, in the Hub's orientation."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def trained(rows: Iterable[Tensor], arrays: Mapping[str, jax.Array], dtype: Any) -> list[Pending]:
+    """Every base tensor of a table, from arrays on the devices, one layer at a time."""
+    found = []
+    for row in rows:
+        for i, name in enumerate(row.names if not row.adapter else ()):
+            piece = (lambda row=row, i=i: arrays[row.path][i]) if row.stacked else (lambda row=row: arrays[row.path])
+            found.append(Pending(name, row.hub_shape, np.dtype(dtype), _in_hub_layout(piece, row.transposed)))
+    return found
+
+
+def _in_hub_layout(piece: Callable[[], jax.Array], transposed: bool) -> Callable[[], np.ndarray]:
+    return lambda: np.asarray(piece()).T if transposed else np.asarray(piece())
+
+
+def merged(files: Mapping[str, Slice], adapter: AdapterFiles, arch: Arch, dtype: Any | None = None) -> list[Pending]:
+    """Every tensor of the checkpoint `files` with `adapter` worked in, in fp32, each then in `dtype` or its own.
+
+    Read tensor by tensor when asked: no model need fit anywhere.
+    """
+    plan, names = adapter.adaptation, arch.names
+    sources = {name: name for name in files if not name.endswith("rotary_emb.inv_freq")}
+    if names.head is not None and arch.tied_head:
+        sources.pop(f"{names.head}.weight", None)
+        if _parts(plan, arch):
+            sources[f"{names.head}.weight"] = f"{names.embed}.weight"
+    return [
+        Pending(
+            name, files[source].shape, np.dtype(dtype or files[source].dtype), _reader(files, source, name, adapter)
+        )
+        for name, source in sources.items()
+    ]
+
+
+def _parts(plan: Adaptation, arch: Arch) -> bool:
+    """Whether a tied head and embedding are no longer the same."""
+    return arch.tied_head and arch.names.head is not None and bool(plan.modules & {arch.names.embed, arch.names.head})
+
+
+def _reader(files: Mapping[str, Slice], source: str, name: str, adapter: AdapterFiles) -> Callable[[], np.ndarray]:
+    path, _, leaf = name.rpartition(".")
+    own = f"{path}.base_layer.{leaf}" if path in adapter.adaptation.adapters else name
+    if own in adapter.tensors:
+        return lambda: adapter.tensors[own][...]
+    pair = adapter.adaptation.adapters.get(path) if leaf == "weight" else None
+    if pair is None:
+        return lambda: files[source][...]
+    return lambda: with_pair(files[source][...], pair, lambda part: adapter.tensors[f"{path}.{part}"][...])
+
+
+def with_pair(weight: np.ndarray, pair: Adapter, part: Callable[[str], np.ndarray]) -> np.ndarray:
+    """W + scale · B A in fp32, `[out,in]`; with DoRA each row scaled to its magnitude. `part` gives lora_A.weight and so on."""
+    a, b = (part(f"lora_{side}.weight").astype(np.float32) for side in "AB")
+    weight = weight.astype(np.float32)
+    weight += np.float32(pair.scale) * (b @ a)
+    if pair.dora:
+        weight *= (part("lora_magnitude_vector").astype(np.float32) / np.linalg.norm(weight, axis=1))[:, None]
+    return weight
+
+
+def save(folder: Path, tensors: list[Pending], config: Mapping[str, Any], source: Path, tokenizer: Path) -> None:
+    """Writes `tensors` as shards with their index, `config` as config.json, and the tokenizer and generation settings."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards = list(_shards([row for row in rows if not row.adapter], np.dtype(dtype).itemsize))
-    weight_map = {}
+    shards, weight_map = list(_shards(tensors)), {}
     for i, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: value.astype(dtype) for row in shard for name, value in hub_tensors(row, arrays[row.path])}
-        write_file(folder / file, tensors)
-        weight_map |= dict.fromkeys(tensors, file)
+        write_file(folder / file, {t.name: np.ascontiguousarray(t.read().astype(t.dtype, copy=False)) for t in shard})
+        weight_map |= dict.fromkeys((t.name for t in shard), file)
     if len(shards) > 1:
-        total = sum(row.size for shard in shards for row in shard) * np.dtype(dtype).itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    config = {k: v for k, v in read_json(source / "config.json", "every model").items() if k != "torch_dtype"}
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": np.dtype(dtype).name}, indent=2) + "\n")
-    copy_files(source, folder, (*TOKENIZER_FILES, "generation_config.json"))
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    copy_files(source, folder, ("generation_config.json",))
+    copy_files(tokenizer, folder)
 
 
-def _shards(rows: list[Tensor], itemsize: int) -> Iterator[list[Tensor]]:
-    """Consecutive rows of at most SHARD_BYTES together; a larger row has a shard of its own."""
-    shard: list[Tensor] = []
-    for row in rows:
-        if shard and (sum(r.size for r in shard) + row.size) * itemsize > SHARD_BYTES:
+def config_for(source: Path, model_name: str, arch: Arch, plan: Adaptation, dtype: Any | None) -> dict[str, Any]:
+    """The config.json of `source` as it holds for what is written: dtype, tied head, and where its own code lies."""
+    config = dict(read_json(source / "config.json", "every model"))
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = np.dtype(dtype).name
+    if _parts(plan, arch):
+        config["tie_word_embeddings"] = False
+    if "auto_map" in config and model_name.count("/") == 1 and not model_name.startswith((".", "/", "~")):
+        # Code of the model's repository, which is not copied: named by its repository, as transformers' own saving does.
+        named = config["auto_map"].items()
+        config["auto_map"] = {key: v if "--" in str(v) else f"{model_name}--{v}" for key, v in named}
+    return config
+
+
+def _shards(tensors: Iterable[Pending]) -> Iterator[list[Pending]]:
+    """Consecutive tensors of at most SHARD_BYTES together; a larger one has a shard of its own."""
+    shard: list[Pending] = []
+    for tensor in tensors:
+        if shard and sum(t.nbytes for t in shard) + tensor.nbytes > SHARD_BYTES:
             yield shard
             shard = []
-        shard.append(row)
+        shard.append(tensor)
     yield shard
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Source:
     """Where a model comes from, with everything that can be wrong already checked and no weight read."""
 
     folder: Path
+    tokenizer: Path
     arch: Arch
     files: dict[str, shards.Slice] | None  # None: a random start
     adapter: peft.AdapterFiles | None
@@ -52,6 +53,7 @@ def find(model: config.Model, adaptation: config.Lora | str | None = "base") -> 
     An adapter folder in `model.adapter` brings its own rank, alpha and targets. Raises UserError.
     """
     folder = local_folder(model.name, model.revision)
+    tokenizer = local_folder(model.tokenizer, key="model.tokenizer") if model.tokenizer else folder
     arch = load.read_arch(folder)
     files = shards.open_folder(folder) if model.init == "weights" else None
     adapter = peft.open_adapter(Path(model.adapter), arch) if model.adapter else None
@@ -64,10 +66,12 @@ def find(model: config.Model, adaptation: config.Lora | str | None = "base") -> 
         plan = lora.adaptation(adaptation, arch)
     stored = load.stored_dtype(folder, files, arch)
     dtype = jnp.dtype(model.dtype) if model.dtype != "auto" else stored
+    rows = tensors.table(decoder.abstract(arch, plan, dtype))
     if files is not None:
-        rows = tensors.table(decoder.abstract(arch, plan, dtype))
-        load.check(files, [row for row in rows if not row.adapter], arch, str(folder))
-    return Source(folder, arch, files, adapter, dtype, stored, plan)
+        load.check_base(files, rows, arch, str(folder))
+    if adapter is not None:
+        adapter.check(rows)
+    return Source(folder, tokenizer, arch, files, adapter, dtype, stored, plan)
 
 
 def materialise(source: Source, mesh: Mesh, seed: int = 0, remat: str = "none", attention: str = "auto") -> Loaded:
@@ -77,14 +81,13 @@ def materialise(source: Source, mesh: Mesh, seed: int = 0, remat: str = "none", 
     model = decoder.abstract(source.arch, source.plan, source.dtype, **options)
     graphdef, trainable, _ = decoder.split(model)
     rows = tensors.table(model)
+    adapter = source.adapter
+    of_base = [row for row in rows if adapter is None or row.saved is None]
     if source.files is None:
-        arrays = load.random_base(rows, source.arch, mesh, seed)
+        arrays = load.random_base(of_base, source.arch, mesh, seed)
     else:
-        arrays = load.load_base(source.files, rows, mesh)
-    if source.adapter is None:
-        arrays |= load.fresh_adapter(rows, mesh, seed)
-    else:
-        arrays |= source.adapter.read(rows, mesh)
+        arrays = load.load_base(source.files, of_base, mesh)
+    arrays |= load.fresh_adapter(rows, arrays, mesh, seed) if adapter is None else adapter.read(rows, mesh)
     return Loaded(
         graphdef,
         {path: arrays[path] for path in arrays if path in trainable},
@@ -94,12 +97,15 @@ def materialise(source: Source, mesh: Mesh, seed: int = 0, remat: str = "none", 
 
 
 def load_decoder(
-    name: str, dtype: str = "float32", adapter: str | None = None, mesh: Mesh | None = None
+    name: str,
+    dtype: str = "float32",
+    adapter: str | None = None,
+    mesh: Mesh | None = None,
+    tokenizer: str | None = None,
 ) -> tuple[Any, Path]:
-    """A callable decoder, and the folder of its tokenizer (the adapter's, where it brings one)."""
-    source = find(
-        replace(config.Model(), name=str(name), dtype=dtype, adapter=None if adapter is None else str(adapter))
-    )
+    """A callable decoder, and the folder of its tokenizer: the one named, the adapter's where it brings one, the model's."""
+    named = None if adapter is None else str(adapter)
+    source = find(config.Model(name=str(name), tokenizer=tokenizer, dtype=dtype, adapter=named))
     loaded = materialise(source, mesh or make_mesh(devices=jax.devices()[:1]))
-    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
-    return loaded.decoder(), Path(adapter) if own else source.folder
+    own = tokenizer is None and named is not None and (Path(named) / "tokenizer_config.json").is_file()
+    return loaded.decoder(), Path(named) if own else source.tokenizer

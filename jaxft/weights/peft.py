@@ -17,8 +17,8 @@ from jaxft.errors import UserError
 from jaxft.models import lora
 from jaxft.models.arch import Arch
 from jaxft.models.tensors import Tensor
+from jaxft.weights import load
 from jaxft.weights.hub import read_json
-from jaxft.weights.load import read_tensor
 from jaxft.weights.shards import Slice, open_file, write_file
 
 PREFIX = "base_model.model."
@@ -26,7 +26,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # Settings under which the same tensors mean another model: reading past one would be quietly wrong.
 UNSUPPORTED = (
-    "use_dora fan_in_fan_out use_qalora modules_to_save layer_replication trainable_token_indices target_parameters "
+    "fan_in_fan_out use_qalora layer_replication trainable_token_indices target_parameters "
     "alora_invocation_tokens lora_bias megatron_config arrow_config use_bdlora kasa_config monteclora_config"
 ).split()
 # Initialisations that leave the base's own weights alone; PiSSA, OLoRA, CorDA and LoftQ change them.
@@ -35,52 +35,81 @@ PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga")
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter folder, opened and checked against an architecture. `tensors` are named without PEFT's prefix."""
+    """An adapter folder, opened. `tensors` are named without PEFT's prefix, as the table of tensors names them in `saved`."""
 
     folder: Path
-    adapters: Mapping[str, lora.Adapter]
+    adaptation: lora.Adaptation
     tensors: Mapping[str, Slice]
 
     def plan(self, dropout: float) -> lora.Adaptation:
         """What the adapter adapts, with `dropout` where training goes on."""
-        return lora.Adaptation({path: replace(a, dropout=dropout) for path, a in self.adapters.items()})
+        pairs = {path: replace(pair, dropout=dropout) for path, pair in self.adaptation.adapters.items()}
+        return replace(self.adaptation, adapters=pairs)
+
+    def check(self, rows: Iterable[Tensor]) -> None:
+        """Raises one UserError listing every tensor that is missing, left over, or misshapen."""
+        wanted = {name: row.hub_shape for row in rows if row.saved is not None for name in row.saved}
+        load.check(
+            self.tensors, wanted, f"{self.folder / WEIGHTS}: {{}} tensors do not fit {CONFIG} and the base model"
+        )
 
     def read(self, rows: Iterable[Tensor], mesh: Mesh) -> dict[str, jax.Array]:
-        """Path -> array of every pair."""
-        return {row.path: read_tensor(self.tensors, row, mesh) for row in rows if row.adapter}
+        """Path -> array of every pair, and of every module and bias that the adapter brings."""
+        return {row.path: load.read_tensor(self.tensors, row, row.saved, mesh) for row in rows if row.saved is not None}
 
 
 def open_adapter(folder: Path, arch: Arch) -> AdapterFiles:
-    """Reads the folder's config and header, and checks every tensor against `arch`.
+    """Reads the folder's config and header, and finds in them what is adapted.
 
     Raises UserError for a missing folder, another kind of adapter, or tensors that `arch` has no place for.
     """
     if not folder.is_dir():
         raise UserError(f"adapter: no folder {folder} (looked at {folder.absolute()})")
-    file = folder / CONFIG
-    config = read_json(file, "a PEFT adapter")
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type {config.get('peft_type')!r} is not supported; supported: 'LORA'")
-    faults = [key for key in UNSUPPORTED if config.get(key)]
-    faults += ["bias"] if config.get("bias", "none") != "none" else []
-    faults += ["init_lora_weights"] if config.get("init_lora_weights") not in PLAIN_INITS else []
-    if faults:
-        raise UserError(f"{file}: {', '.join(f'{key}={config[key]!r}' for key in faults)} is not supported")
+    config = _read_config(folder / CONFIG)
     found = {name.removeprefix(PREFIX): part for name, part in open_file(folder / WEIGHTS).items()}
     adapters = _pairs(config, found, arch, folder / WEIGHTS)
-    known = {f"{path}.lora_{side}.weight" for path in adapters for side in "AB"}
-    strangers = [name for name in found if name not in known]
+    modules = {p for p in arch.module_paths() if f"{p}.weight" in found} if config.get("modules_to_save") else set()
+    biases, tensors = set(), {}
+    for name, part in found.items():
+        path, _, leaf = name.replace(".base_layer.bias", ".bias").rpartition(".")
+        if leaf == "bias" and path not in modules and path in arch.linear_shapes() and arch.has_bias(path):
+            biases.add(path)
+            name = f"{path}.base_layer.bias" if path in adapters else f"{path}.bias"
+        tensors[name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name] = part
+    plan = lora.Adaptation(adapters, frozenset(modules), frozenset(biases))
+    strangers = [name for name in tensors if not _has_place(name, plan)]
     if strangers or not adapters:
         first = (strangers or ["(an empty file)"])[0]
         raise UserError(
             f"{folder / WEIGHTS}: {len(strangers)} tensors have no place in this {arch.family} model, first {first}"
         )
-    return AdapterFiles(folder, adapters, found)
+    return AdapterFiles(folder, plan, tensors)
+
+
+def _read_config(file: Path) -> Mapping[str, Any]:
+    """adapter_config.json. Raises UserError for a kind of adapter that means something else than what is built here."""
+    config = read_json(file, "a PEFT adapter")
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type {config.get('peft_type')!r} is not supported; supported: 'LORA'")
+    faults = [key for key in UNSUPPORTED if config.get(key)]
+    faults += ["init_lora_weights"] if config.get("init_lora_weights") not in PLAIN_INITS else []
+    if faults:
+        raise UserError(f"{file}: {', '.join(f'{key}={config[key]!r}' for key in faults)} is not supported")
+    return config
+
+
+def _has_place(name: str, plan: lora.Adaptation) -> bool:
+    path = re.sub(r"\.(lora_[AB]\.weight|lora_magnitude_vector|base_layer\.bias)$", "", name)
+    if path != name:
+        return path in plan.adapters
+    path = name.rpartition(".")[0]
+    return path in plan.modules or path in plan.biases
 
 
 def _pairs(config: Mapping[str, Any], found: Mapping[str, Slice], arch: Arch, file: Path) -> dict[str, lora.Adapter]:
     """The modules whose pair is stored: the tensors decide, as `target_modules` may name more than was adapted."""
-    plain, adapters = bool(config.get("use_rslora", False)), {}
+    rslora, dora = bool(config.get("use_rslora", False)), bool(config.get("use_dora", False))
+    adapters = {}
     for path, (n_in, n_out) in arch.linear_shapes().items():
         a, b = (found.get(f"{path}.lora_{side}.weight") for side in "AB")
         if a is None and b is None:
@@ -92,7 +121,7 @@ def _pairs(config: Mapping[str, Any], found: Mapping[str, Slice], arch: Arch, fi
             raise UserError(
                 f"{file}: {path}: expected A {(rank, n_in)} and B {(n_out, rank)}, found {seen[0]} and {seen[1]}"
             )
-        adapters[path] = lora.Adapter(rank, float(alpha), rslora=plain)
+        adapters[path] = lora.Adapter(rank, float(alpha), rslora=rslora, dora=dora)
     return adapters
 
 
@@ -120,20 +149,37 @@ def save(
     base_model: str,
     revision: str | None = None,
 ) -> None:
-    """Writes the adapter's two files into `folder`: pairs in float32, every config key spelt out."""
+    """Writes the adapter's two files into `folder`: what is trained in float32, every config key spelt out."""
+    held = [(row, row.saved) for row in rows if row.saved is not None]
+    tensors = dict(pair for row, names in held for pair in hub_tensors(row, names, arrays[row.path]))
+    _write(folder, tensors, adapter_config(plan, arch, base_model, revision))
+
+
+def rewrite(folder: Path, adapter: AdapterFiles, arch: Arch, base_model: str, revision: str | None = None) -> None:
+    """Writes an opened adapter as `save` would: float32, today's names, every config key spelt out."""
+    tensors = {name: np.asarray(part[...], np.float32) for name, part in adapter.tensors.items()}
+    _write(folder, tensors, adapter_config(adapter.adaptation, arch, base_model, revision))
+
+
+def _write(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    out = {PREFIX + name: value for row in rows if row.adapter for name, value in hub_tensors(row, arrays[row.path])}
-    write_file(folder / WEIGHTS, out)
-    (folder / CONFIG).write_text(json.dumps(adapter_config(plan, arch, base_model, revision), indent=2) + "\n")
+    write_file(folder / WEIGHTS, {PREFIX + name: value for name, value in tensors.items()})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def hub_tensors(row: Tensor, array: jax.Array) -> list[tuple[str, np.ndarray]]:
-    """The Hub's tensors that a variable holds: `(name, contiguous array)`, in the Hub's orientation."""
+def hub_tensors(row: Tensor, names: tuple[str, ...], array: jax.Array) -> list[tuple[str, np.ndarray]]:
+    """The tensors that a variable holds, called `names`: `(name, contiguous array)`, in the Hub's orientation."""
     values = np.asarray(array)
     pieces = list(values) if row.stacked else [values]
-    return [
-        (name, np.ascontiguousarray(piece.T if row.transposed else piece)) for name, piece in zip(row.names, pieces)
-    ]
+    return [(name, np.ascontiguousarray(piece.T if row.transposed else piece)) for name, piece in zip(names, pieces)]
+
+
+def base_name(folder: Path) -> str:
+    """The base model that an adapter names. Raises UserError where it names none."""
+    named = read_json(folder / CONFIG, "a PEFT adapter").get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise UserError(f"--model: missing, and {folder / CONFIG} names no base model")
+    return named
 
 
 def adapter_config(plan: lora.Adaptation, arch: Arch, base_model: str, revision: str | None = None) -> dict[str, Any]:
@@ -149,11 +195,11 @@ def adapter_config(plan: lora.Adaptation, arch: Arch, base_model: str, revision:
         "lora_alpha": _whole(first.alpha),
         "lora_dropout": first.dropout,
         "target_modules": target_names(plan, arch),
-        "bias": "none",
+        "bias": plan.bias,
         "fan_in_fan_out": False,
-        "modules_to_save": None,
+        "modules_to_save": sorted(plan.modules) or None,
         "use_rslora": first.rslora,
-        "use_dora": False,
+        "use_dora": first.dora,
         "rank_pattern": {p: a.rank for p, a in plan.adapters.items() if a.rank != first.rank},
         "alpha_pattern": {p: _whole(a.alpha) for p, a in plan.adapters.items() if a.alpha != first.alpha},
         "init_lora_weights": True,
@@ -167,6 +213,22 @@ def target_names(plan: lora.Adaptation, arch: Arch) -> list[str]:
     """Leaf names where they select exactly the adapted modules, whole paths where they would select more."""
     leaves = sorted({path.rpartition(".")[2] for path in plan.adapters})
     return leaves if set(lora.targets(tuple(leaves), arch)) == set(plan.adapters) else sorted(plan.adapters)
+
+
+def vllm_verdict(plan: lora.Adaptation, arch: Arch) -> str:
+    """Whether vLLM can serve the adapter as it stands, or why not (by its PEFTHelper's rules, and its default rank of 16)."""
+    pairs = plan.adapters.values()
+    ranks = {pair.rank for pair in pairs}
+    obstacles = {
+        f"it does not serve {arch.family}": arch.family == "openelm",
+        "it refuses modules trained in full (modules_to_save)": bool(plan.modules),
+        "it refuses trained biases": bool(plan.biases),
+        "it refuses DoRA": any(pair.dora for pair in pairs),
+        "it ignores ranks and alphas by module": len({(pair.rank, pair.alpha) for pair in pairs}) > 1,
+        f"start it with --max-lora-rank {max(ranks)}": max(ranks) > 16,
+    }
+    reasons = [reason for reason, found in obstacles.items() if found]
+    return f"vLLM-ready: no, {'; '.join(reasons)}" if reasons else "vLLM-ready: yes"
 
 
 def _whole(value: float) -> int | float:

@@ -24,13 +24,13 @@ NAMES = dict(
 
 
 def arch(config: Mapping[str, Any]) -> Arch:
-    """`config` as Apple's files have it; lists per layer, or what they are computed from."""
+    """`config` as Apple's files have it, with the defaults of Apple's OpenELMConfig (not those of any published size)."""
     fields = Fields(config)
     fields.require("ffn_with_glu", True, default=True)
     fields.require("normalization_layer_name", "rms_norm", default="rms_norm")
-    tied = fields.take("share_input_output_layers", bool, True)
+    tied = fields.take("share_input_output_layers", bool, False)
     names = dict(NAMES, head=None if tied else "lm_head")
-    if fields.take("normalize_qk_projections", bool, True):
+    if fields.take("normalize_qk_projections", bool, False):
         names |= {"q_norm": "attn.q_norm", "k_norm": "attn.k_norm"}
     result = Arch(
         family="openelm",
@@ -53,14 +53,14 @@ def arch(config: Mapping[str, Any]) -> Arch:
 
 def _layers(fields: Fields) -> tuple[LayerSpec, ...]:
     dim, layers = fields.take("model_dim", int), fields.take("num_transformer_layers", int)
-    head_dim, groups = even("head_dim", fields.take("head_dim", int)), fields.take("num_gqa_groups", int, 1)
-    queries = _multiples(fields, "qkv_multipliers", layers, dim, head_dim * groups)
+    head_dim, groups = even("head_dim", fields.take("head_dim", int, 128)), fields.take("num_gqa_groups", int, 1)
+    queries = _multiples(fields, "qkv_multipliers", 1.0, layers, dim, head_dim * groups)
     heads = _counts(fields, "num_query_heads", [width // head_dim for width in queries])
     kv_heads = _counts(fields, "num_kv_heads", [n // groups for n in heads])
     for n, k in zip(heads, kv_heads):
         if n % k:
             raise UserError(f"num_kv_heads: {k} does not divide num_query_heads {n} of the same layer")
-    widths = _multiples(fields, "ffn_multipliers", layers, dim, fields.take("ffn_dim_divisor", int, 256))
+    widths = _multiples(fields, "ffn_multipliers", 4.0, layers, dim, fields.take("ffn_dim_divisor", int, 256))
     return tuple(LayerSpec(n, k, head_dim, ffn) for n, k, ffn in zip(heads, kv_heads, widths))
 
 
@@ -72,9 +72,9 @@ def _counts(fields: Fields, name: str, default: list[int]) -> list[int]:
     return found
 
 
-def _multiples(fields: Fields, name: str, layers: int, dim: int, divisor: int) -> list[int]:
+def _multiples(fields: Fields, name: str, default: float, layers: int, dim: int, divisor: int) -> list[int]:
     """Widths per layer: multipliers of D (one, two to go between, or one per layer) rounded to a multiple of `divisor`."""
-    found = fields.take(name, object)
+    found = fields.take(name, object, default)
     found = found if isinstance(found, list) else [found]
     if not all(isinstance(m, (int, float)) and not isinstance(m, bool) and m > 0 for m in found):
         raise UserError(f"{name}: expected positive numbers, found {found}")
