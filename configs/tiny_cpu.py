@@ -4,7 +4,7 @@ Hardware: two CPU cores, 2 GB of memory, no network. Time: about a minute and a 
 Score: exact match by generation on 200 held-out problems rises from 0 to about 90 %. Model and data are generated: the
 run shows that everything works and really learns, and says nothing about other models.
 
-The learning rate is that of a very small model; the published runs' 2e-4 teaches this one nothing (see gsm8k_published.py).
+The learning rate is that of a very small model; the published runs' 2e-4 teaches this one nothing (see gemma2_9b.py).
 """
 
 from jaxft.config import Config, Data, Eval, Lora, Model, Optim

@@ -85,7 +85,7 @@ def _numpy_dtype(name: str) -> Any:
 def _write_adapter(options: Options, out: Path, name: str, adapter: Path, source: Source) -> None:
     from jaxft.weights import merged, peft
 
-    peft.rewrite(out, source.adapter, source.arch, name, options.revision)
+    peft.rewrite(out, source.adapter, source.arch, name, source.commit or options.revision)
     merged.copy_files(_tokenizer_folder(options, adapter, source), out)
     print(f"adapter: {out} ({peft.vllm_verdict(source.plan, source.arch)})")
 

@@ -133,6 +133,7 @@ def start(job: Job, folder: RunFolder) -> Started:
     from jaxft.weights.checkpoint import Checkpoints
 
     settings = job.config
+    _check_commit(folder.results, job.source, settings.model)
     remat = _remat(settings.model.remat, job.mesh)
     loaded = model.materialise(job.source, job.mesh, settings.run.seed, remat, settings.model.attention)
     optimizer = optim.optimizer(settings.optim, job.steps, loaded.rows)
@@ -145,6 +146,16 @@ def start(job: Job, folder: RunFolder) -> Started:
     _banner(job, folder, checkpoints.latest)
     answerer = Answerer(loaded.decoder(), job.tokenizer, job.data.template, settings.eval.max_new_tokens)
     return Started(loaded, optimizer, optim.schedule(settings.optim, job.steps), state, stand, checkpoints, answerer)
+
+
+def _check_commit(results: dict[str, Any], source: Source, model: config.Model) -> None:
+    """Raises UserError where the run began on another commit of the base: an adapter belongs to the weights it saw."""
+    began = results.get("model", {}).get("commit")
+    if began is not None and began != source.commit:
+        raise UserError(
+            f"model.name: {model.name} is now at commit {source.commit}, and this run began on {began}; "
+            f"go on with --model.revision {began}, or give another run.dir"
+        )
 
 
 def _remat(policy: str, mesh: Mesh) -> str:
@@ -172,8 +183,8 @@ def _facts(job: Job, loaded: Loaded, before: dict[str, Any]) -> dict[str, Any]:
         },
         "mesh": dict(job.mesh.shape),
         "model": {
-            "name": job.config.model.name, "family": source.arch.family, "parameters": parameters, "trainable": trainable,
-            "dtype": str(source.dtype),
+            "name": job.config.model.name, "commit": source.commit, "family": source.arch.family, "dtype": str(source.dtype),
+            "parameters": parameters, "trainable": trainable,
             "adapter": adapter and {"rank": adapter.rank, "alpha": adapter.alpha, "dropout": adapter.dropout},
         },
         "data": job.data.facts,
@@ -299,7 +310,7 @@ def _export(job: Job, loaded: Loaded, folder: RunFolder, best: dict[str, Any]) -
         note = ""
     else:
         target = folder.path / "adapter"
-        peft.save(target, loaded.rows, best, source.plan, source.arch, model.name, model.revision)
+        peft.save(target, loaded.rows, best, source.plan, source.arch, model.name, source.commit or model.revision)
         merged.copy_files(source.tokenizer, target)
         note = f" ({peft.vllm_verdict(source.plan, source.arch)})"
     write_card(target, folder.settings, folder.results, folder.results["best_loss"])

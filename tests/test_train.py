@@ -206,10 +206,3 @@ def test_a_mistake_ends_a_real_process_with_exit_2_and_no_traceback():
     assert ended.returncode == 2
     assert ended.stderr == one_line(ended.stderr) + "\n"
     assert "did you mean optim.learning_rate?" in ended.stderr
-
-
-def test_the_loaded_config_is_that_of_the_published_runs():
-    made = config.load("gsm8k_published.py")
-    assert (made.lora.rank, made.lora.alpha, made.lora.dropout, made.lora.bias) == (8, 16, 0.1, "none")
-    assert (made.optim.learning_rate, made.optim.epochs, made.eval.patience) == (2e-4, 3, 5)
-    assert (made.data.validation_fraction, made.optim.accumulation_steps) == (0.1, 1)

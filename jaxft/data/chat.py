@@ -52,7 +52,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"tokenizer {folder}: no such folder (looked in {Path(folder).resolve().parent})")
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((Path(folder) / name).is_file() for name in names):
-        raise UserError(f"tokenizer {folder}: no {' or '.join(names)} in it; copy the model's tokenizer there")
+        raise UserError(f"tokenizer {folder}: no {' or '.join(names)} in it; name another one as model.tokenizer")
     try:
         return AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # A broken file surfaces as any of a dozen types; the chain keeps it for --debug.

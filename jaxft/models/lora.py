@@ -167,8 +167,9 @@ def _named(path: str, name: str) -> bool:
 class Linear(nnx.Module):
     """y = x W (+ bias) (+ the pair), for one module of each of L stacked layers; a scan strips the leading axis.
 
-    `kernel` `[L,in,out]`, `bias` `[L,out]`, `a` `[L,in,R]`, `b` `[L,R,out]`, `magnitude` `[L,out]`. Every variable carries
-    its logical `axes`, the Hub `names` of its L tensors, and whether the file holds its transpose.
+    `kernel` `[L,out,in]`, as the files have it, so that loading copies rows; `bias` `[L,out]`, `a` `[L,in,R]`, `b` `[L,R,out]`,
+    `magnitude` `[L,out]`. Every variable carries its logical `axes`, the Hub `names` of its L tensors, and whether the file
+    holds its transpose.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class Linear(nnx.Module):
     ):
         L, (n_in, n_out) = len(paths), shape
         self.adapter = plan.adapters.get(paths[0])
-        self.kernel = base(plan, paths, (L, *shape), ("layers", *axes), dtype, transposed=True)
+        self.kernel = base(plan, paths, (L, n_out, n_in), ("layers", axes[1], axes[0]), dtype)
         self.bias = base(plan, paths, (L, n_out), ("layers", axes[1]), dtype, leaf="bias") if bias else None
         if self.adapter is not None:
             R = self.adapter.rank
@@ -194,7 +195,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dropped: jax.Array | None = None) -> jax.Array:
         """x `[B,S,in]` -> `[B,S,out]`; `dropped` is x after dropout, for the pair alone (x itself where None)."""
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = jnp.einsum("BSi,oi->BSo", x, self.kernel[...].astype(x.dtype))
         if self.adapter is not None:
             x = x if dropped is None else dropped
             # x A first: A B as a matrix would cost in · out a token.
@@ -210,9 +211,9 @@ class Linear(nnx.Module):
         """
         scale, a, b = self.adapter.scale, self.a[...], self.b[...]
         kernel = self.kernel[...].astype(jnp.float32)
-        crossed = jnp.sum((a.T @ kernel) * b, axis=0)
+        crossed = jnp.sum((kernel @ a).T * b, axis=0)
         added = jnp.sum(((a.T @ a) @ b) * b, axis=0)
-        square = jnp.sum(jnp.square(kernel), axis=0) + 2 * scale * crossed + scale**2 * added
+        square = jnp.sum(jnp.square(kernel), axis=1) + 2 * scale * crossed + scale**2 * added
         return jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny)))
 
 
@@ -229,7 +230,6 @@ def base(
     dtype: jnp.dtype,
     *,
     leaf: str = "weight",
-    transposed: bool = False,
     stored: tuple[str, ...] | None = None,
 ) -> nnx.Variable:
     """A variable for the base tensors `path.leaf`: frozen in `dtype`, or trained in place in float32.
@@ -244,7 +244,7 @@ def base(
         names=_names(stored or paths, leaf),
         saved=saved if trained and not plan.every_weight else None,
         copied=paths[0] in plan.modules,
-        transposed=transposed,
+        transposed=False,
     )
 
 

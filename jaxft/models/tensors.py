@@ -91,8 +91,8 @@ def count_parameters(rows: Iterable[Tensor]) -> tuple[int, int]:
 
 
 def initial_magnitude(kernel: jax.Array) -> jax.Array:
-    """DoRA's start, with which a fresh pair changes nothing: the length of each output's weights, `[L,in,out]` -> `[L,out]`."""
-    return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=1))
+    """DoRA's start, with which a fresh pair changes nothing: the length of each output's weights, `[L,out,in]` -> `[L,out]`."""
+    return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=2))
 
 
 def initial_adapter(row: Tensor, seed: int) -> jax.Array:

@@ -32,6 +32,11 @@ class Source:
     stored: Any  # of the checkpoint's files
     plan: lora.Adaptation
 
+    @property
+    def commit(self) -> str | None:
+        """The Hub's commit that the folder holds, where it lies in the Hub's cache."""
+        return self.folder.name if self.folder.parent.name == "snapshots" else None
+
 
 @dataclass(frozen=True)
 class Loaded:
