@@ -33,19 +33,16 @@ def local_folder(name: str, revision: str | None = None, *, key: str = "model.na
         raise UserError(f"{key}: {name} is a file; give the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"{key}: no folder {name} (looked at {folder.absolute()}); a Hub id looks like owner/model")
-    return _download(name, revision, key)
+    return download(name, revision, TOKENIZER if key == "model.tokenizer" else WEIGHTS, key)
 
 
-def _download(name: str, revision: str | None, key: str) -> Path:
+def download(name: str, revision: str | None, files: list[str], key: str = "model.name") -> Path:
+    """The cached folder of the Hub's repository `name` with the files of these patterns. Raises UserError with the remedy."""
     from huggingface_hub import errors, snapshot_download
 
     where = f"{key}: {name}" + (f" at revision {revision}" if revision else "")
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=TOKENIZER if key == "model.tokenizer" else WEIGHTS
-            )
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except errors.GatedRepoError as error:
         raise UserError(
             f"{where} is gated; accept its licence at https://huggingface.co/{name}, then run `hf auth login` or set HF_TOKEN"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxft import config
+from jaxft.errors import UserError
 from jaxft.models import decoder, lora, tensors
 from jaxft.models.arch import Arch
 from jaxft.models.attention import kernel_for
 from jaxft.parallel.mesh import make_mesh
-from jaxft.weights import load, peft, shards
+from jaxft.weights import keras, load, peft, shards
 from jaxft.weights.hub import local_folder
 
 
@@ -26,7 +28,7 @@ class Source:
     folder: Path
     tokenizer: Path
     arch: Arch
-    files: dict[str, shards.Slice] | None  # None: a random start
+    files: Mapping[str, shards.Slice | keras.Variable] | None  # None: a random start
     adapter: peft.AdapterFiles | None
     dtype: Any  # of frozen weights and activations here
     stored: Any  # of the checkpoint's files
@@ -57,10 +59,11 @@ def find(model: config.Model, adaptation: config.Lora | str | None = "base") -> 
 
     An adapter folder in `model.adapter` brings its own rank, alpha and targets. Raises UserError.
     """
-    folder = local_folder(model.name, model.revision)
+    preset = _open_preset(model)
+    folder = preset.folder if preset else local_folder(model.name, model.revision)
     tokenizer = local_folder(model.tokenizer, key="model.tokenizer") if model.tokenizer else folder
     arch = load.read_arch(folder)
-    files = shards.open_folder(folder) if model.init == "weights" else None
+    files = None if model.init != "weights" else preset.files if preset else shards.open_folder(folder)
     adapter = peft.open_adapter(Path(model.adapter), arch) if model.adapter else None
     if adapter is not None:
         dropout = adaptation.dropout if isinstance(adaptation, config.Lora) else 0.0
@@ -77,6 +80,16 @@ def find(model: config.Model, adaptation: config.Lora | str | None = "base") -> 
     if adapter is not None:
         adapter.check(rows)
     return Source(folder, tokenizer, arch, files, adapter, dtype, stored, plan)
+
+
+def _open_preset(model: config.Model) -> keras.Preset | None:
+    if not keras.is_preset(model.name):
+        return None
+    if model.revision:
+        raise UserError(
+            f"model.revision: {model.revision!r}, but {model.name} is a Keras preset; its version is part of a kaggle:// name"
+        )
+    return keras.open_preset(model.name)
 
 
 def materialise(source: Source, mesh: Mesh, seed: int = 0, remat: str = "none", attention: str = "auto") -> Loaded:

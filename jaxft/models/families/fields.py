@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -87,6 +88,7 @@ class Fields:
 
     def count(self, name: str, default: int) -> int:
         """A number that may be 0."""
+        self._taken.add(name)
         return 0 if self._config.get(name) == 0 else self.take(name, int, default)
 
     def shared(self, *, family: str, max_positions: int, tied_head: bool = False) -> dict[str, Any]:
@@ -129,8 +131,10 @@ class Fields:
             raise UserError(f"layer_types: {len(kinds)} entries for num_hidden_layers {layers}")
         known = {"sliding_attention": window, "full_attention": None}
         for kind in kinds:
-            if kind not in known:
+            if kind not in list(known):  # a list, because what stands there need not be hashable
                 raise UserError(f"layer_types: {kind!r} is not supported; supported: {', '.join(map(repr, known))}")
+        if window is None and "sliding_attention" in kinds:
+            raise UserError("layer_types: 'sliding_attention' without a sliding_window")
         return [known[kind] for kind in kinds]
 
     def finish(self) -> None:
@@ -150,7 +154,7 @@ def even(name: str, head_dim: int) -> int:
 
 def _positive(parameters: dict[str, Any], name: str) -> float:
     value = parameters.pop(name, None)
-    if not isinstance(value, (int, float)) or value <= 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise UserError(f"rope_parameters: {name} must be a positive number, found {value!r}")
     return float(value)
 
