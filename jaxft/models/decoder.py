@@ -195,7 +195,8 @@ class Decoder(nnx.Module):
         self.arch, self.remat, self.mesh, self.dtype = arch, remat, mesh, jnp.dtype(dtype)
         _check_heads(arch, mesh)
         names, shape = arch.names, (arch.vocab_size, arch.dim)
-        self.embed = base(plan, (names.embed,), shape, ("vocab", "embed"), dtype)
+        also = (names.head,) if plan.keeps_tied else ()
+        self.embed = base(plan, (names.embed,), shape, ("vocab", "embed"), dtype, also=also)
         cuts = stages([self._record(i, plan) for i in range(len(arch.layers))])
         self.stages = nnx.List([Stage(arch, cut, plan, dtype, attention) for cut in cuts])
         self.norm = Norm((names.norm,), (arch.dim,), plan, arch, dtype)
@@ -204,12 +205,10 @@ class Decoder(nnx.Module):
     def _head(self, plan: Adaptation, dtype: Any) -> nnx.Variable | None:
         """The output matrix, or None where it is the embedding itself.
 
-        A tied head and embedding part as soon as one of them is trained in full, each beginning as the other, because that
-        is what PEFT makes of such an adapter.
+        A tied head that parts from the embedding begins as it, because that is what PEFT makes of such an adapter.
         """
         arch, names = self.arch, self.arch.names
-        parted = plan.modules & {names.embed, names.head} if names.head is not None else ()
-        if arch.tied_head and not parted:
+        if arch.tied_head and not plan.parts(arch):
             return None
         stored = (names.embed,) if arch.tied_head else None
         return base(plan, (names.head,), (arch.vocab_size, arch.dim), ("vocab", "embed"), dtype, stored=stored)

@@ -52,11 +52,15 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What is trained, by Hub path: modules with a pair, modules in full, biases alone; or every base tensor in place."""
+    """What is trained, by Hub path: modules with a pair, modules in full, biases alone; or every base tensor in place.
+
+    A tied head and embedding part as soon as one of them is trained in full, unless `keeps_tied`.
+    """
 
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     modules: frozenset[str] = frozenset()
     biases: frozenset[str] = frozenset()
+    keeps_tied: bool = False
     every_weight: bool = False
 
     def trains(self, path: str, leaf: str) -> bool:
@@ -66,6 +70,11 @@ class Adaptation:
     def of(self, path: str) -> tuple[Adapter | None, bool, bool]:
         """All that is planned for one module; layers can be stacked where this agrees."""
         return self.adapters.get(path), path in self.modules, path in self.biases
+
+    def parts(self, arch: Arch) -> bool:
+        """Whether a tied head and embedding are no longer the same, because one is trained in full or both are, apart."""
+        ends = {arch.names.embed, arch.names.head}
+        return arch.tied_head and arch.names.head is not None and not self.keeps_tied and bool(self.modules & ends)
 
     @property
     def bias(self) -> str:
@@ -201,7 +210,9 @@ class Linear(nnx.Module):
             # x A first: A B as a matrix would cost in · out a token.
             y = y + (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype) * self.adapter.scale
             if self.adapter.dora:
-                y = y * (self.magnitude[...] / self._norm()).astype(x.dtype)[None, None, :]
+                # In fp32: bfloat16 would round a factor near 1 to steps of 0.4 %, and small changes would do nothing.
+                factor = (self.magnitude[...] / self._norm())[None, None, :]
+                y = (y.astype(jnp.float32) * factor).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None, None, :]
 
     def _norm(self) -> jax.Array:
@@ -231,10 +242,12 @@ def base(
     *,
     leaf: str = "weight",
     stored: tuple[str, ...] | None = None,
+    also: tuple[str, ...] = (),
 ) -> nnx.Variable:
     """A variable for the base tensors `path.leaf`: frozen in `dtype`, or trained in place in float32.
 
-    `stored` are the paths under which the checkpoint holds them, where those are others.
+    `stored` are the paths under which the checkpoint holds them, where those are others; `also` are paths under which an
+    adapter holds them a second time.
     """
     trained = plan.trains(paths[0], leaf)
     saved = _names(paths, f"base_layer.{leaf}" if paths[0] in plan.adapters else leaf)  # as PEFT nests and saves them
@@ -242,7 +255,7 @@ def base(
         jnp.zeros(shape, jnp.float32 if trained else dtype),
         axes=axes,
         names=_names(stored or paths, leaf),
-        saved=saved if trained and not plan.every_weight else None,
+        saved=saved + _names(also, leaf) if trained and not plan.every_weight else None,
         copied=paths[0] in plan.modules,
         transposed=False,
     )

@@ -65,7 +65,7 @@ def merged(files: Mapping[str, Slice], adapter: AdapterFiles, arch: Arch, dtype:
     sources = {name: name for name in files if not name.endswith("rotary_emb.inv_freq")}
     if names.head is not None and arch.tied_head:
         sources.pop(f"{names.head}.weight", None)
-        if _parts(plan, arch):
+        if plan.parts(arch):
             sources[f"{names.head}.weight"] = f"{names.embed}.weight"
     return [
         Pending(
@@ -73,11 +73,6 @@ def merged(files: Mapping[str, Slice], adapter: AdapterFiles, arch: Arch, dtype:
         )
         for name, source in sources.items()
     ]
-
-
-def _parts(plan: Adaptation, arch: Arch) -> bool:
-    """Whether a tied head and embedding are no longer the same."""
-    return arch.tied_head and arch.names.head is not None and bool(plan.modules & {arch.names.embed, arch.names.head})
 
 
 def _reader(files: Mapping[str, Slice], source: str, name: str, adapter: AdapterFiles) -> Callable[[], np.ndarray]:
@@ -97,7 +92,8 @@ def with_pair(weight: np.ndarray, pair: Adapter, part: Callable[[str], np.ndarra
     weight = weight.astype(np.float32)
     weight += np.float32(pair.scale) * (b @ a)
     if pair.dora:
-        weight *= (part("lora_magnitude_vector").astype(np.float32) / np.linalg.norm(weight, axis=1))[:, None]
+        length = np.maximum(np.linalg.norm(weight, axis=1), np.finfo(np.float32).tiny)  # a row of zeros stays one
+        weight *= (part("lora_magnitude_vector").astype(np.float32) / length)[:, None]
     return weight
 
 
@@ -113,7 +109,7 @@ def save(folder: Path, tensors: list[Pending], config: Mapping[str, Any], source
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    copy_files(source, folder, ("generation_config.json",))
+    copy_files(source, folder, ("generation_config.json", *(code.name for code in source.glob("*.py"))))
     copy_files(tokenizer, folder)
 
 
@@ -123,9 +119,10 @@ def config_for(source: Path, model_name: str, arch: Arch, plan: Adaptation, dtyp
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = np.dtype(dtype).name
-    if _parts(plan, arch):
+    if plan.parts(arch):
         config["tie_word_embeddings"] = False
-    if "auto_map" in config and model_name.count("/") == 1 and not model_name.startswith((".", "/", "~")):
+    hub_id = model_name.count("/") == 1 and not Path(model_name).expanduser().is_dir()
+    if "auto_map" in config and hub_id:
         # Code of the model's repository, which is not copied: named by its repository, as transformers' own saving does.
         named = config["auto_map"].items()
         config["auto_map"] = {key: v if "--" in str(v) else f"{model_name}--{v}" for key, v in named}

@@ -24,6 +24,8 @@ from jaxft.weights.shards import Slice, open_file, write_file
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that it can be started for
+
 # Settings under which the same tensors mean another model: reading past one would be quietly wrong.
 UNSUPPORTED = (
     "fan_in_fan_out use_qalora layer_replication trainable_token_indices target_parameters "
@@ -55,7 +57,8 @@ class AdapterFiles:
 
     def read(self, rows: Iterable[Tensor], mesh: Mesh) -> dict[str, jax.Array]:
         """Path -> array of every pair, and of every module and bias that the adapter brings."""
-        return {row.path: load.read_tensor(self.tensors, row, row.saved, mesh) for row in rows if row.saved is not None}
+        held = [(row, row.saved if row.stacked else row.saved[:1]) for row in rows if row.saved is not None]
+        return {row.path: load.read_tensor(self.tensors, row, names, mesh) for row, names in held}
 
 
 def open_adapter(folder: Path, arch: Arch) -> AdapterFiles:
@@ -67,8 +70,9 @@ def open_adapter(folder: Path, arch: Arch) -> AdapterFiles:
         raise UserError(f"adapter: no folder {folder} (looked at {folder.absolute()})")
     config = _read_config(folder / CONFIG)
     found = {name.removeprefix(PREFIX): part for name, part in open_file(folder / WEIGHTS).items()}
+    found = {name: part for name, part in found.items() if _plain(name) == name or _plain(name) not in found}
     adapters = _pairs(config, found, arch, folder / WEIGHTS)
-    modules = {p for p in arch.module_paths() if f"{p}.weight" in found} if config.get("modules_to_save") else set()
+    modules = _modules(config, found, arch)
     biases, tensors = set(), {}
     for name, part in found.items():
         path, _, leaf = name.replace(".base_layer.bias", ".bias").rpartition(".")
@@ -76,8 +80,11 @@ def open_adapter(folder: Path, arch: Arch) -> AdapterFiles:
             biases.add(path)
             name = f"{path}.base_layer.bias" if path in adapters else f"{path}.bias"
         tensors[name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name] = part
-    plan = lora.Adaptation(adapters, frozenset(modules), frozenset(biases))
-    strangers = [name for name in tensors if not _has_place(name, plan)]
+    tied = bool(config.get("ensure_weight_tying")) and arch.tied_head and {arch.names.embed, arch.names.head} <= modules
+    plan = lora.Adaptation(
+        adapters, frozenset(modules - {arch.names.head} if tied else modules), frozenset(biases), tied
+    )
+    strangers = [name for name in tensors if not _has_place(name, plan, arch.names.head)]
     if strangers or not adapters:
         first = (strangers or ["(an empty file)"])[0]
         raise UserError(
@@ -98,12 +105,27 @@ def _read_config(file: Path) -> Mapping[str, Any]:
     return config
 
 
-def _has_place(name: str, plan: lora.Adaptation) -> bool:
+def _plain(name: str) -> str:
+    """The name without PEFT's wrapper of a module in full, whose copies it writes beside the module's own tensors."""
+    return name.replace(".original_module.", ".").replace(".modules_to_save.", ".")
+
+
+def _modules(config: Mapping[str, Any], found: Mapping[str, Slice], arch: Arch) -> set[str]:
+    """Modules in full: those that the file holds, and those that the config names by PEFT's rule, found or not."""
+    named = config.get("modules_to_save") or []
+    return {
+        p
+        for p in arch.module_paths()
+        if named and (f"{p}.weight" in found or any(p.endswith(str(name)) for name in named))
+    }
+
+
+def _has_place(name: str, plan: lora.Adaptation, head: str | None) -> bool:
     path = re.sub(r"\.(lora_[AB]\.weight|lora_magnitude_vector|base_layer\.bias)$", "", name)
     if path != name:
         return path in plan.adapters
     path = name.rpartition(".")[0]
-    return path in plan.modules or path in plan.biases
+    return path in plan.modules or path in plan.biases or (plan.keeps_tied and path == head)
 
 
 def _pairs(config: Mapping[str, Any], found: Mapping[str, Slice], arch: Arch, file: Path) -> dict[str, lora.Adapter]:
@@ -170,7 +192,7 @@ def _write(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str,
 def hub_tensors(row: Tensor, names: tuple[str, ...], array: jax.Array) -> list[tuple[str, np.ndarray]]:
     """The tensors that a variable holds, called `names`: `(name, contiguous array)`, in the Hub's orientation."""
     values = np.asarray(array)
-    pieces = list(values) if row.stacked else [values]
+    pieces = list(values) if row.stacked else [values] * len(names)
     return [(name, np.ascontiguousarray(piece.T if row.transposed else piece)) for name, piece in zip(names, pieces)]
 
 
@@ -198,6 +220,7 @@ def adapter_config(plan: lora.Adaptation, arch: Arch, base_model: str, revision:
         "bias": plan.bias,
         "fan_in_fan_out": False,
         "modules_to_save": sorted(plan.modules) or None,
+        **({"ensure_weight_tying": True} if plan.keeps_tied else {}),  # a key that older versions of PEFT do not know
         "use_rslora": first.rslora,
         "use_dora": first.dora,
         "rank_pattern": {p: a.rank for p, a in plan.adapters.items() if a.rank != first.rank},
@@ -219,13 +242,15 @@ def vllm_verdict(plan: lora.Adaptation, arch: Arch) -> str:
     """Whether vLLM can serve the adapter as it stands, or why not (by its PEFTHelper's rules, and its default rank of 16)."""
     pairs = plan.adapters.values()
     ranks = {pair.rank for pair in pairs}
+    fitting = next((rank for rank in VLLM_RANKS if rank >= max(ranks)), None)
     obstacles = {
         f"it does not serve {arch.family}": arch.family == "openelm",
         "it refuses modules trained in full (modules_to_save)": bool(plan.modules),
         "it refuses trained biases": bool(plan.biases),
         "it refuses DoRA": any(pair.dora for pair in pairs),
         "it ignores ranks and alphas by module": len({(pair.rank, pair.alpha) for pair in pairs}) > 1,
-        f"start it with --max-lora-rank {max(ranks)}": max(ranks) > 16,
+        f"it serves ranks up to {VLLM_RANKS[-1]}": max(ranks) > VLLM_RANKS[-1],
+        f"start it with --max-lora-rank {fitting}": 16 < max(ranks) <= VLLM_RANKS[-1],
     }
     reasons = [reason for reason, found in obstacles.items() if found]
     return f"vLLM-ready: no, {'; '.join(reasons)}" if reasons else "vLLM-ready: yes"
