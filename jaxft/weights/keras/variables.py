@@ -15,6 +15,7 @@ from jaxft.errors import UserError
 from jaxft.weights.hub import read_json
 from jaxft.weights.keras.find import first_line, needed
 from jaxft.weights.keras.layout import EMBEDDING, FLOATS, HEAD, Layout
+from jaxft.weights.load import check
 from jaxft.weights.shards import Slice
 
 SINGLE, INDEX = "model.weights.h5", "model.weights.json"
@@ -52,19 +53,8 @@ def claim(layout: Layout, stored: Mapping[str, Slice], source: str) -> dict[str,
     )  # fmt: skip
     wanted = {path: (hub, axes, out) for path, hub, axes, out in _wanted(layout, tied)}
     shapes = {path: tuple(sizes[axis] for axis in axes) for path, (_, axes, _) in wanted.items()}
-    faults = [f"missing {path} {shape}" for path, shape in shapes.items() if path not in stored]
-    faults += [f"unexpected {path} {found.shape}" for path, found in stored.items() if path not in wanted]
-    faults += [
-        f"{path}: file {stored[path].shape}, config.json {shape}"
-        for path, shape in shapes.items()
-        if path in stored and stored[path].shape != shape
-    ]
-    if faults:
-        shown = "; ".join(faults[:20]) + ("; …" if len(faults) > 20 else "")
-        raise UserError(
-            f"{source}: {len(faults)} variables do not fit config.json: {shown}; where keras-nlp itself can load the preset, "
-            "its save_to_preset writes one that fits"
-        )
+    remedy = "where keras-nlp itself can load the preset, its save_to_preset writes one that fits"
+    check(stored, shapes, f"{source}: {{}} variables do not fit config.json ({remedy})")
     return {hub: _variable(stored[path], axes, out, sizes) for path, (hub, axes, out) in wanted.items()}
 
 
