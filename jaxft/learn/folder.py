@@ -24,6 +24,9 @@ class RunFolder:
         self.results = _read(self.path / "results.json")
         before = _read(self.path / "config.json")
         if before:
+            commit = self.results.get("model", {}).get("commit")
+            if commit and self.settings["model"]["revision"] == commit:  # what the run began on, now by its own name
+                before = before | {"model": {**before.get("model", {}), "revision": commit}}
             _same_run(self.path, before, self.settings)
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"run.dir: {self.path} exists and holds no run; give a new or empty folder")

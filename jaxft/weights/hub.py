@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from jaxft.errors import UserError
 BUILTIN = {"builtin:tiny": Path(__file__).resolve().parent.parent / "tiny" / "base"}
 TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]
 WEIGHTS = [*TOKENIZER, "*.safetensors"]
+COPIES = ["*/*", "consolidated*.safetensors"]  # the same weights again, in other layouts
 
 
-def local_folder(name: str, revision: str | None = None, *, key: str = "model.name") -> Path:
+def local_folder(name: str, revision: str | None = None, *, key: str = "model.name", weights: bool = True) -> Path:
     """The folder that holds model `name`: built in, local, or downloaded from the Hub into its cache.
 
-    For the `key` model.tokenizer weights are left where they are. Raises UserError naming the repository, what was looked
-    at, and what to do.
+    Without `weights` they are left where they are. Raises UserError naming the repository, what was looked at, and what to
+    do.
     """
     if name in BUILTIN:
         return BUILTIN[name]
@@ -33,16 +35,20 @@ def local_folder(name: str, revision: str | None = None, *, key: str = "model.na
         raise UserError(f"{key}: {name} is a file; give the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"{key}: no folder {name} (looked at {folder.absolute()}); a Hub id looks like owner/model")
-    return download(name, revision, TOKENIZER if key == "model.tokenizer" else WEIGHTS, key)
+    return download(name, revision, WEIGHTS if weights else TOKENIZER, key, COPIES)
 
 
-def download(name: str, revision: str | None, files: list[str], key: str = "model.name") -> Path:
-    """The cached folder of the Hub's repository `name` with the files of these patterns. Raises UserError with the remedy."""
+def download(
+    name: str, revision: str | None, files: list[str], key: str = "model.name", but: Sequence[str] = ()
+) -> Path:
+    """The cached folder of the Hub's repository `name` with these `files` `but` those. Raises UserError with the remedy."""
     from huggingface_hub import errors, snapshot_download
 
     where = f"{key}: {name}" + (f" at revision {revision}" if revision else "")
+    skipped = {"ignore_patterns": list(but)} if but else {}
+    _quieten()
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, **skipped))
     except errors.GatedRepoError as error:
         raise UserError(
             f"{where} is gated; accept its licence at https://huggingface.co/{name}, then run `hf auth login` or set HF_TOKEN"
@@ -58,13 +64,39 @@ def download(name: str, revision: str | None, files: list[str], key: str = "mode
         ) from error
     except errors.HFValidationError as error:
         raise UserError(f"{where} is neither a folder here ({Path(name).absolute()}) nor a Hub id: {error}") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise UserError(
-            f"{where} is not a folder here ({Path(name).absolute()}), not in the Hub's cache, and the Hub cannot be "
-            "reached; check the path or the network"
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise UserError(f"{where}: the Hub answered {str(error).splitlines()[0]}") from error
+    except Exception as error:  # Two libraries' dozens of types; the chain keeps them for --debug.
+        raise UserError(f"{where} {_obstacle(error, name)}") from error
+
+
+def _quieten() -> None:
+    """Nothing but the error's line: no retries, and no bars in a file or a pipe."""
+    from huggingface_hub import constants, utils
+
+    utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        utils.disable_progress_bars()
+
+
+def _obstacle(error: Exception, name: str) -> str:
+    """Why a download ended, and what to do."""
+    from huggingface_hub import constants, errors
+
+    absent = f"is not a folder here ({Path(name).absolute()}), not (or not whole) in the Hub's cache, and"
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return f"{absent} HF_HUB_OFFLINE is set; unset it, or check the path"
+    if isinstance(cause, errors.HfHubHTTPError):
+        status = cause.response.status_code
+        said = cause.response.headers.get("X-Error-Message") or cause.response.reason_phrase
+        remedy = "check the token (`hf auth whoami`, or HF_TOKEN)" if status in (401, 403) else "try again later"
+        return f"cannot be downloaded: the Hub answered {status} ({said}); {remedy}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return f"{absent} the Hub cannot be reached; check the path or the network"
+    if isinstance(error, OSError) and error.errno:
+        cache = constants.HF_HUB_CACHE
+        return f"cannot be written to the Hub's cache {cache} ({error.strerror}); make room there, or set HF_HOME"
+    what = " ".join(str(error).split())
+    return f"cannot be downloaded ({type(error).__name__}: {what:.300}); check the network and try again: whole files are kept"
 
 
 def read_json(file: Path, what: str) -> Mapping[str, Any]:

@@ -60,8 +60,8 @@ def find(model: config.Model, adaptation: config.Lora | str | None = "base") -> 
     An adapter folder in `model.adapter` brings its own rank, alpha and targets. Raises UserError.
     """
     preset = _open_preset(model)
-    folder = preset.folder if preset else local_folder(model.name, model.revision)
-    tokenizer = local_folder(model.tokenizer, key="model.tokenizer") if model.tokenizer else folder
+    folder = preset.folder if preset else local_folder(model.name, _revision(model), weights=model.init == "weights")
+    tokenizer = local_folder(model.tokenizer, key="model.tokenizer", weights=False) if model.tokenizer else folder
     arch = load.read_arch(folder)
     files = None if model.init != "weights" else preset.files if preset else shards.open_folder(folder)
     adapter = peft.open_adapter(Path(model.adapter), arch) if model.adapter else None
@@ -80,6 +80,11 @@ def find(model: config.Model, adaptation: config.Lora | str | None = "base") -> 
     if adapter is not None:
         adapter.check(rows)
     return Source(folder, tokenizer, arch, files, adapter, dtype, stored, plan)
+
+
+def _revision(model: config.Model) -> str | None:
+    """The revision asked for, or else the one that the adapter names, where it names this base."""
+    return model.revision or (peft.base_revision(Path(model.adapter), model.name) if model.adapter else None)
 
 
 def _open_preset(model: config.Model) -> keras.Preset | None:

@@ -204,6 +204,14 @@ def base_name(folder: Path) -> str:
     return named
 
 
+def base_revision(folder: Path, name: str) -> str | None:
+    """The revision of the base model `name` that an adapter belongs to, where it says so."""
+    if not (folder / CONFIG).is_file():
+        return None
+    config = read_json(folder / CONFIG, "a PEFT adapter")
+    return config.get("revision") if config.get("base_model_name_or_path") == name else None
+
+
 def adapter_config(plan: lora.Adaptation, arch: Arch, base_model: str, revision: str | None = None) -> dict[str, Any]:
     """adapter_config.json: every key that bears on the result, since PEFT fills absent ones with its own defaults."""
     first = next(iter(plan.adapters.values()))
