@@ -31,6 +31,68 @@ HUGGING_FACE_NAMES = {
 }  # fmt: skip
 
 
+def split(
+    argv: typing.Sequence[str], prog: str, own: typing.Mapping[str, tuple[str, str]]
+) -> tuple[str, list[str], dict[str, str]]:
+    """The value of --config, the overrides, and the values of the verb's `own` options (name -> its value's name, help).
+
+    An own option whose value's name is empty takes none. Raises UserError; `--help` without --config prints and leaves.
+    """
+    names = {"config": ("NAME", "a path, or a file of configs/"), **own}
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    arguments, ended = iter(argv), ""
+    for argument in arguments:
+        name, equals, value = argument[2:].partition("=")
+        if argument.startswith("--") and name in names:
+            takes = bool(names[name][0])
+            given[name] = _own_value(name, value, equals, takes, arguments)
+            ended = argument
+            continue
+        if ended and not argument.startswith("-"):
+            raise UserError(
+                f"unexpected argument {argument!r} after {ended}; overrides look like --section.field value"
+            )
+        _check_near(argument, names)
+        rest.append(argument)
+        ended = ""
+    asked = bool({"-h", "--help"} & set(rest))
+    if asked and own:
+        _print_own(prog, names)
+    if asked and "config" not in given:
+        about = "--config NAME is a path, or a file of configs/; with it, --help shows that file's values."
+        parse(Config, ["--help"], prog=f"{prog} --config NAME", description=about)
+    if not given.get("config"):
+        raise UserError(f"--config: missing; usage: {prog} --config NAME [--section.field value …]")
+    return given.pop("config"), rest, given
+
+
+def _own_value(name: str, value: str, equals: str, takes: bool, arguments: typing.Iterator[str]) -> str:
+    if not takes:
+        if equals:
+            raise UserError(f"--{name} takes no value")
+        return "True"
+    value = value if equals else next(arguments, "")
+    if not value or (value.startswith("--") and not equals):
+        raise UserError(f"--{name}: its value is missing")
+    return value
+
+
+def _check_near(argument: str, names: typing.Iterable[str]) -> None:
+    """Raises UserError for an option that is nearly one of the verb's `names`."""
+    name = argument[2:].partition("=")[0]
+    near = difflib.get_close_matches(name, names, 1, 0.6)
+    if argument.startswith("--") and near and name not in HUGGING_FACE_NAMES:
+        raise UserError(f"unknown option --{name}; did you mean --{near[0]}?")
+
+
+def _print_own(prog: str, names: typing.Mapping[str, tuple[str, str]]) -> None:
+    print(f"usage: {prog} --config NAME [options] [--section.field value …]\n")
+    for name, (value, what) in names.items():
+        print(f"  {f'--{name} {value}':<16}{what}")
+    print()
+
+
 def apply(config: Config, overrides: typing.Sequence[str], source: str = "the config") -> Config:
     """`config` with command-line `overrides` (`["--optim.learning_rate", "1e-3"]`); `--lora none` trains every weight."""
     arguments = _normalise(overrides)
@@ -42,9 +104,10 @@ def apply(config: Config, overrides: typing.Sequence[str], source: str = "the co
         del arguments[at : at + 2]
     if config.lora is None and any(a.startswith("--lora.") for a in arguments):
         config = dataclasses.replace(config, lora=Lora())
-    for name in ("rank_pattern", "alpha_pattern"):
-        if f"--lora.{name}" in arguments:  # replaces the file's; tyro would make keys of what is there
-            config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, **{name: {}}))
+    for section, name in (("lora", "rank_pattern"), ("lora", "alpha_pattern"), ("data", "columns")):
+        if f"--{section}.{name}" in arguments:  # replaces the file's; tyro would make keys of what is there
+            emptied = dataclasses.replace(getattr(config, section), **{name: {}})
+            config = dataclasses.replace(config, **{section: emptied})
     if not arguments:
         return config
     return parse(Config, arguments, default=config, description=f"Values in brackets are those of {source}.")

@@ -94,8 +94,15 @@ class Data:
     """Files for eval.tasks."""
     format: Literal["auto", "gsm8k", "alpaca", "messages", "sharegpt", "prompt_completion", "text"] = "auto"
     """Form of a row; auto decides by its fields and says so."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What the format's fields are called in the rows: {"question": "problem", "answer": "solution"}."""
+    calculator: Literal["keep", "strip"] = "keep"
+    """What to do with GSM8K's <<48/2=24>> annotations in answers."""
     template: str = "auto"
-    """plain, chat (the tokenizer's chat template), or auto (chat where the tokenizer has one)."""
+    """plain, chat (the tokenizer's chat template), auto (chat where the tokenizer has one), or a Jinja template of your
+    own: its text, or a .jinja file."""
+    train_on: Literal["all", "last"] = "all"
+    """Assistant turns of a conversation that are trained."""
     max_length: int = 1024
     """Tokens per sequence; also the packed length."""
     packing: bool = True
@@ -106,8 +113,12 @@ class Data:
     """Share of the rows held out; exact duplicates stay on one side."""
     limit: int | None = None
     """Use only the first rows."""
+    on_long_row: Literal["cut", "drop"] = "cut"
+    """A row beyond max_length is cut at its end, or left out; counted either way."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """skip leaves out rows that cannot be read, counts them, and stops above 1 %."""
+    cache: str | None = "~/.cache/jaxft"
+    """Folder for tokenised rows, found again by fingerprint; None keeps none."""
 
 
 @dataclass(frozen=True)

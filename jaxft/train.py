@@ -30,24 +30,8 @@ SAMPLE_TOKENS = 128  # of each answer shown at an evaluation
 
 def main(argv: list[str]) -> None:
     """Trains as the config says; the same command resumes, and does nothing where the run has ended."""
-    path, overrides = _command_line(argv)
+    path, overrides, _ = command_line.split(argv, PROG, {})
     run(config.load(path, overrides))
-
-
-def _command_line(argv: list[str]) -> tuple[str, list[str]]:
-    """The value of --config, and the rest."""
-    path, rest, arguments = None, [], iter(argv)
-    for argument in arguments:
-        if argument == "--config" or argument.startswith("--config="):
-            path = argument.partition("=")[2] or next(arguments, "")
-        else:
-            rest.append(argument)
-    if path is None and {"-h", "--help"} & set(rest):
-        about = "--config NAME is a path, or a file of configs/; with it, --help shows that file's values."
-        command_line.parse(config.Config, ["--help"], prog=f"{PROG} --config NAME", description=about)
-    if not path:
-        raise UserError(f"--config: missing; usage: {PROG} --config NAME [--section.field value …]")
-    return path, rest
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Tests run strict: 8 CPU devices, no implicit promotion of dtypes or ranks, warnings as errors, no network."""
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.update(
@@ -10,6 +11,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
+    HOME=tempfile.mkdtemp(),  # caches begin empty, and the user's stay as they are
 )
 
 import jax

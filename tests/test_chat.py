@@ -143,7 +143,7 @@ def test_chat_templates_train_every_answer_with_its_end_of_turn(template, end):
 
 def test_a_token_that_ends_an_answer_and_begins_the_next_turn_is_trained():
     tokenizer = build(LINES)
-    assert trained(chat.encode(TALK, tokenizer, "chat"), tokenizer) == [" 12 apples.\n\n", " None.\n"]
+    assert trained(chat.encode(TALK, tokenizer, "chat"), tokenizer) == [" 12 apples.\n\n", " None.\n<eos>"]
 
 
 def test_the_date_in_a_template_is_pinned():

@@ -15,7 +15,7 @@ VERBS = ("train", "evaluate", "generate", "plan", "preview", "export", "report")
 LAYERS = {
     **{f"jaxft.{verb}": 5 for verb in VERBS},
     "jaxft": 5,  # the Python API and its start, `python -m jaxft`
-    "jaxft.learn": 4, "jaxft.evals": 4, "jaxft.reports": 4,
+    "jaxft.learn": 4, "jaxft.evals": 4, "jaxft.reports": 4, "jaxft.previews": 4,
     "jaxft.weights": 3, "jaxft.data": 3, "jaxft.tiny": 3,
     "jaxft.models": 2,
     "jaxft.parallel": 1, "jaxft.models.ops": 1,
@@ -24,7 +24,8 @@ LAYERS = {
 }  # fmt: skip
 NEVER = [("jaxft.data", "jaxft.models"), ("jaxft.tiny", "jaxft.models"), ("jaxft.learn", "jaxft.evals"),
          ("jaxft.evals", "jaxft.learn"), ("jaxft.data", "jaxft.weights"), ("jaxft.weights", "jaxft.data"),
-         ("jaxft.reports", "jaxft.learn"), ("jaxft.reports", "jaxft.evals")]  # fmt: skip
+         ("jaxft.reports", "jaxft.learn"), ("jaxft.reports", "jaxft.evals"),
+         ("jaxft.previews", "jaxft.learn"), ("jaxft.previews", "jaxft.evals"), ("jaxft.reports", "jaxft.previews")]  # fmt: skip
 
 
 def within(module: str, package: str) -> bool:
@@ -116,9 +117,10 @@ def test_torch_is_needed_nowhere():
         assert not {"torch", "peft"} & {name.partition(".")[0] for name in imports(source)}, module
 
 
-def test_a_report_needs_no_jax():
+@pytest.mark.parametrize("verb", ["report", "preview"])
+def test_a_report_and_a_preview_need_no_jax(verb):
     modules = sources()
-    pending, seen = ["jaxft.report"], set()
+    pending, seen = [f"jaxft.{verb}"], set()
     while pending:
         module = pending.pop()
         seen.add(module)
@@ -127,6 +129,6 @@ def test_a_report_needs_no_jax():
             target = name if name in modules else name.rpartition(".")[0]
             if target in modules and target not in seen:
                 pending.append(target)
-    script = "import jaxft.report, jaxft.config, sys; print([m for m in ('jax', 'torch', 'transformers') if m in sys.modules])"
+    script = f"import jaxft.{verb}, jaxft.config, sys; print([m for m in ('jax', 'torch', 'transformers') if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"

@@ -1,6 +1,7 @@
 """Batches: what they hold, in which order, and that a step number is all their state."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -8,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxft.config import Mesh
 from jaxft.data.chat import Example
-from jaxft.data.loader import Loader
+from jaxft.data.loader import LENGTH_MULTIPLE, LENGTHS, Loader
 from jaxft.errors import UserError
+from jaxft.learn.loop import place_batch
+from jaxft.parallel.mesh import make_mesh
 
 
 def examples(lengths):
@@ -117,7 +121,7 @@ def test_a_fractional_epoch_takes_its_share_of_steps_rounded_up():
 def test_packed_rows_fill_the_sequences_and_separate_rows_do_not():
     made = some(3000)
     assert Loader(made, batch_size=8, length=128).fill > 0.98
-    assert Loader(made, batch_size=8, length=128, packing=False).fill < 0.2
+    assert Loader(made, batch_size=8, length=128, packing=False).fill < 0.3
 
 
 def test_evaluation_is_one_pass_over_all_rows_whatever_the_seed():
@@ -148,3 +152,97 @@ def test_no_examples_and_rows_that_do_not_fit_are_refused():
     for lengths in ([4, 10], [4, 1]):
         with pytest.raises(UserError, match=r"rows:2: row of (10|1) tokens; sequences of 8 .* take rows of 2 to 9"):
             Loader(examples(lengths), batch_size=1, length=8)
+
+
+def apart(lengths, batch_size=8, **options):
+    """A loader of rows that take sequences of their own."""
+    length = -(-(max(lengths) - 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return Loader(examples(lengths), batch_size=batch_size, length=length, packing=False, **options)
+
+
+def numbers(batch):
+    """The rows' numbers, in order."""
+    return [int(tokens[0]) for tokens, *_ in segments(batch)]
+
+
+LONG = np.random.default_rng(0).lognormal(5, 0.5, 501).astype(int).clip(2, 700).tolist()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(2, 700), min_size=1, max_size=60), st.integers(1, 5), st.booleans(), st.integers(0, 9))
+def test_unpacked_rows_are_padded_to_one_of_four_lengths_each_once_an_epoch(lengths, batch_size, shuffle, seed):
+    loader, shapes = apart(lengths, batch_size, shuffle=shuffle, seed=seed), set()
+    for epoch in range(2):
+        batches = [loader.batch_at(epoch * loader.steps_in_epoch(0) + i) for i in range(loader.steps_in_epoch(epoch))]
+        assert sorted(itertools.chain(*map(numbers, batches))) == list(range(1, len(lengths) + 1))
+        for batch in batches:
+            shapes.add(batch.tokens.shape)
+            longest = max(len(tokens) for tokens, *_ in segments(batch))
+            assert batch.tokens.shape[1] == min(n for n in loader.lengths_padded if n >= longest)
+            assert all((batch.tokens[:, :1] == number).any() for number in numbers(batch))
+            assert batch.segments.max() == 1
+    assert len(shapes) <= len(loader.lengths_padded) <= LENGTHS
+    assert all(rows == batch_size and n % LENGTH_MULTIPLE == 0 and n <= loader.length for rows, n in shapes)
+
+
+def test_the_longest_of_the_lengths_may_be_no_multiple():
+    made = examples([100, 130, 230, 231])
+    loader = Loader(made, batch_size=1, length=230, packing=False)
+    assert loader.lengths_padded[-1] == 230 and all(n % LENGTH_MULTIPLE == 0 for n in loader.lengths_padded[:-1])
+
+
+def test_unpacked_batches_are_the_same_in_any_order_and_after_resuming():
+    loader = apart(LONG, seed=5)
+    per_epoch = loader.steps_in_epoch(0)
+    expected = [apart(LONG, seed=5).batch_at(step) for step in range(3 * per_epoch)]
+    for step in np.random.default_rng(1).permutation(len(expected)):
+        assert same(loader.batch_at(int(step)), expected[step])
+    list(loader.evaluation_batches())
+    resumed = apart(LONG, seed=5)
+    assert all(same(resumed.batch_at(step), expected[step]) for step in range(per_epoch + 7, len(expected)))
+    assert loader.locate(per_epoch + 7) == (1, 7) and loader.total_steps(3) == len(expected)
+    assert not same(loader.batch_at(0), apart(LONG, seed=6).batch_at(0))
+    orders = [[numbers(batch) for batch in expected[i * per_epoch : (i + 1) * per_epoch]] for i in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_unpacked_batches_of_each_length_come_in_no_order_and_the_partial_one_last():
+    loader = apart(LONG)
+    widths = [loader.batch_at(step).tokens.shape[1] for step in range(loader.steps_in_epoch(0))]
+    assert widths != sorted(widths) and len(set(widths)) == LENGTHS
+    assert [len(numbers(loader.batch_at(step))) for step in range(len(widths))] == [8] * 62 + [5]
+
+
+def test_four_lengths_fill_better_than_one():
+    loader = apart(LONG)
+    real, steps = sum(LONG) - len(LONG), loader.steps_in_epoch(0)
+    assert loader.fill == real / sum(loader.batch_at(step).tokens.size for step in range(steps))
+    assert loader.fill > 1.5 * real / (steps * 8 * loader.length)
+
+
+def test_evaluation_of_unpacked_rows_is_one_pass_in_the_same_order_whatever_the_seed():
+    loader = apart(LONG, 7)
+    passes = [list(loader.evaluation_batches()), list(apart(LONG, 7, seed=3).evaluation_batches())]
+    assert all(same(a, b) for a, b in zip(*passes, strict=True)) and len(passes[0]) == math.ceil(len(LONG) / 7)
+    assert sorted(itertools.chain(*map(numbers, passes[0]))) == list(range(1, len(LONG) + 1))
+    assert sum(b.weights.sum() for b in passes[0]) == sum(e.loss_mask.sum() for e in loader.examples)
+    assert len({batch.tokens.shape for batch in passes[0]}) <= LENGTHS
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
+def test_the_rows_that_hosts_take_of_a_batch_are_together_the_batch(packing, hosts):
+    """Each host has a loader of its own; a device gets the rows of its place, whichever host makes them."""
+    mesh = make_mesh(Mesh(data=hosts, fsdp=-1))
+    for step in (0, 3, 70):
+        whole = Loader(examples(LONG), batch_size=16, length=704, packing=packing).batch_at(step)
+        slices = []
+        for host in range(hosts):
+            batch = Loader(examples(LONG), batch_size=16, length=704, packing=packing).batch_at(step)
+            rows = slice(host * 16 // hosts, (host + 1) * 16 // hosts)
+            slices.append({f.name: getattr(batch, f.name)[rows] for f in dataclasses.fields(batch)})
+        for name, placed in place_batch(whole, mesh).items():
+            expected = getattr(whole, name)
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in slices]), expected)
+            shards = sorted(placed.addressable_shards, key=lambda shard: shard.device.id)
+            np.testing.assert_array_equal(np.concatenate([shard.data for shard in shards]), expected)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxft import config
 from jaxft.config import Data
 from jaxft.data import rows, sources
 from jaxft.data.rows import Row, Turn
@@ -262,3 +263,56 @@ def test_alpaca_rows_carry_the_line_they_begin_on(shared):
 def test_a_bad_row_in_the_middle_of_a_source_does_not_end_it(write):
     records = list(sources.read_files((write(b'{"text": "a"}\n\xff\n{"text": "b"}\n'),)))
     assert [isinstance(record, sources.BadRow) for _, record in records] == [False, True, False]
+
+
+def test_columns_of_other_names_are_read_as_the_formats_fields(write):
+    file = write([{"problem": "1+1?", "solution": "2", "answer": "no", "id": 7}])
+    columns = {"question": "problem", "answer": "solution"}
+    splits = load(file, columns=columns, validation_files=(file,), test_files=(file,))
+    expected = (Turn("user", "1+1?"), Turn("assistant", "2"))
+    assert [part[0].turns for part in (splits.train, splits.validation, splits.test)] == [expected] * 3
+    assert splits.format == "gsm8k" and "format: gsm8k (fields question, answer)" in splits.notes
+    crossed = load(write([GSM8K]), columns={"question": "answer", "answer": "question"}).train[0]
+    assert [turn.content for turn in crossed.turns] == ["2", "1+1?"]
+    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    assert load(write([{"chat": talk}]), columns={"messages": "chat"}).format == "messages"
+    file = write([{"task": "Add.", "more": "1 2", "output": "3"}])
+    given = load(file, columns={"instruction": "task", "input": "more"})
+    assert given.train[0].turns[0] == Turn("user", "Add.\n\n1 2") and given.format == "alpaca"
+
+
+def test_a_wrong_column_is_named_with_the_row_and_a_wrong_field_with_the_known_ones(write):
+    columns = {"question": "problem", "answer": "solution"}
+    good, bad = {"problem": "q", "solution": "a"}, {"problem": "q", "answer": "a"}
+    file = write([good, bad])
+    with pytest.raises(UserError) as caught:
+        load(file, columns=columns)
+    assert str(caught.value).startswith(f"{file}:2: data.columns: no column 'solution'; fields seen: problem, answer; ")
+    splits = load(write([good] * 99 + [bad]), columns=columns, on_bad_row="skip")
+    assert (len(splits.train), splits.skipped) == (99, 1)
+    with pytest.raises(UserError, match=r"3 of 3 rows are bad, .* data\.columns: no column 'solution'"):
+        load(write([bad] * 3), columns=columns, on_bad_row="skip")
+    with pytest.raises(UserError, match=r":1: answer: expected text, found int 7; fields seen: problem, solution"):
+        load(write([good | {"solution": 7}]), columns=columns)
+    with pytest.raises(UserError, match=r"^data\.columns: no format has a field 'query'; fields are answer, "):
+        load(write([GSM8K]), columns={"query": "question"})
+
+
+def test_data_options_are_set_on_the_command_line():
+    typed = "--data.columns question problem answer solution --data.calculator strip --data.train-on last"
+    data = config.load("tiny_cpu.py", f"{typed} --data.on_long_row drop --data.cache none".split()).data
+    assert data.columns == {"question": "problem", "answer": "solution"}
+    assert (data.calculator, data.train_on, data.on_long_row, data.cache) == ("strip", "last", "drop", None)
+    for key, wrong in {"columns": "question", "calculator": "drop", "train-on": "first", "on-long-row": "keep"}.items():
+        with pytest.raises(UserError, match=rf"--data\.{key}"):
+            config.load("tiny_cpu.py", [f"--data.{key}", wrong])
+
+
+def test_calculator_annotations_are_taken_out_of_answers_where_asked(write):
+    text = "<<1+1=2>>2 and <<2*3=6>>6 < 7 << 8"
+    talk = [{"role": role, "content": text} for role in ("user", "assistant", "user", "assistant")]
+    file = write([{"messages": talk}])
+    kept, bare = ([t.content for t in load(file, calculator=c).train[0].turns] for c in ("keep", "strip"))
+    assert kept == [text] * 4 and bare == [text, "2 and 6 < 7 << 8"] * 2
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: .*data\.calculator keep"):
+        load(write([GSM8K, GSM8K | {"answer": "<<1+1=2>>"}]), calculator="strip")

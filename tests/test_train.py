@@ -18,7 +18,7 @@ SHORT = [
     "--model.init", "random", "--data.limit", "60", "--data.max_length", "96", "--optim.max_steps", "20",
     "--eval.every_steps", "5", "--run.log_every", "4", "--eval.tasks", "--eval.samples", "0",
 ]  # fmt: skip
-TIMES = {"tokens_per_second", "eval_seconds"}
+TIMES = {"tokens_per_second", "eval_seconds", "data_wait"}
 
 
 def start(folder, *more):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
+import functools
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Llama 3.2's template inserts today's date where it is given none; the text of a row must not depend on the day.
-DATE = "26 Jul 2024"
+DAY = datetime.date(2024, 7, 26)
+DATE = DAY.strftime("%d %b %Y")
+CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+PROBE = "\ue000an answer\ue001"
 CHUNK = 1024
 
 
@@ -61,15 +67,43 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def choose_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """plain or chat for the value of data.template. Raises UserError where the tokenizer cannot serve it."""
+    """For the value of data.template: plain, chat, or the text of a Jinja template. Raises UserError."""
+    if template.endswith(".jinja"):
+        template = _read_template(Path(template))
+    if _is_jinja(template):
+        return template
     if template not in ("auto", "plain", "chat"):
-        raise UserError(f"data.template: unknown template {template!r}; use auto, plain or chat")
+        raise UserError(
+            f"data.template: unknown template {template!r}; use auto, plain, chat, or a Jinja template of your own "
+            "(its text, or a .jinja file)"
+        )
     if template == "chat" and not tokenizer.chat_template:
         raise UserError("data.template: chat, but the tokenizer has no chat template; set data.template plain")
     chosen = ("chat" if tokenizer.chat_template else "plain") if template == "auto" else template
     if chosen == "plain":
         _eos(tokenizer)
     return chosen
+
+
+def _is_jinja(template: str) -> bool:
+    return "{{" in template or "{%" in template
+
+
+def _read_template(file: Path) -> str:
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"data.template: {file}: cannot be read ({type(error).__name__}); give a file of UTF-8"
+        ) from error
+    if not _is_jinja(text):
+        raise UserError(f"data.template: {file}: no Jinja template; it has no {{{{ … }}}} and no {{% … %}}")
+    return text
+
+
+def template_name(template: str) -> str:
+    """How a chosen template is called in a line."""
+    return "the config's Jinja template" if _is_jinja(template) else template
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -90,12 +124,12 @@ class Rendered:
 
 
 def render(row: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> Rendered:
-    """The row's text under `template` (plain or chat) with its trained spans, end of turn included."""
+    """The row's text under `template` (as `choose_template` gave it) with its trained spans, end of turn included."""
     if row.turns[-1].role == "text":
         text = _ended(row.turns[-1].content, _eos(tokenizer))
         return Rendered(text, ((0, len(text)),))
-    if template == "chat":
-        return _render_chat(row, tokenizer)
+    if template != "plain":
+        return _render_chat(row, tokenizer, template)
     if row.prompt is not None:
         text = row.prompt + _ended(row.turns[-1].content, _eos(tokenizer))
         return Rendered(text, ((len(row.prompt), len(text)),))
@@ -125,37 +159,60 @@ def _render_plain(turns: Sequence[Turn], eos: str) -> Rendered:
     return Rendered(text, tuple(spans))
 
 
-def _render_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """The tokenizer's template with its spans found by prefixes, which works for any template.
+def _render_chat(row: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> Rendered:
+    """A Jinja template with its spans found by prefixes, which works for any template.
 
     An answer is what comes between the conversation before it, rendered with the generation prompt, and the
     conversation with it.
     """
-    whole = _chat(row.turns, tokenizer, row.origin, False)
+    whole = _chat(row.turns, tokenizer, template, row.origin, False)
+    ending = _after_answers(tokenizer, template)
     spans = []
     for i, turn in enumerate(row.turns):
-        if turn.role != "assistant":
-            continue
-        before = _chat(row.turns[:i], tokenizer, row.origin, True)
-        after = whole if i == len(row.turns) - 1 else _chat(row.turns[: i + 1], tokenizer, row.origin, False)
+        if turn.role != "assistant" or all(earlier.role != "user" for earlier in row.turns[:i]):
+            continue  # what an assistant says before anybody asked cannot be prompted for
+        number, last = len(spans) + 1, i == len(row.turns) - 1
+        before = _chat(row.turns[:i], tokenizer, template, row.origin, True)
+        after = whole if last else _chat(row.turns[: i + 1], tokenizer, template, row.origin, False)
         if not (whole.startswith(after) and after.startswith(before)):
             raise UserError(
-                f"{row.origin}: the chat template cannot be masked: what it renders before answer {len(spans) + 1} "
+                f"{row.origin}: the chat template cannot be masked: what it renders before answer {number} "
                 "is no prefix of the whole conversation; set data.template plain"
             )
-        if turn.content.strip() not in after[len(before) :]:
-            raise UserError(f"{row.origin}: the chat template drops answer {len(spans) + 1}; set data.template plain")
+        if ending is None or turn.content.strip() not in after[len(before) :]:
+            raise UserError(f"{row.origin}: the chat template drops answer {number}; set data.template plain")
         spans.append((len(before), len(after)))
+    if not spans:
+        raise UserError(f"{row.origin}: no answer follows a user's turn; mend the row, or set data.template plain")
+    if ending is not None and not ending.strip():  # a model would learn never to stop
+        whole += _eos(tokenizer)
+        spans[-1] = (spans[-1][0], len(whole))
     return Rendered(whole, tuple(spans))
 
 
-def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, origin: str, generate: bool) -> str:
-    import jinja2
+@functools.lru_cache(maxsize=8)
+def _after_answers(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+    """What the template puts after the last answer; None where it does not show the answer."""
+    turns = (Turn("user", "?"), Turn("assistant", PROBE))
+    text = _chat(turns, tokenizer, template, "data.template", False)
+    return text.partition(PROBE)[2] if PROBE in text else None
 
+
+def _source(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+    """The Jinja text, with the clock that some templates read stopped at DAY; None for what the tokenizer chooses."""
+    text = template if _is_jinja(template) else tokenizer.chat_template
+    if not isinstance(text, str):
+        return None
+    return CLOCK.sub(lambda asked: repr(DAY.strftime(asked[2])), text)
+
+
+def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, template: str, origin: str, generate: bool) -> str:
+    """What transformers' sandbox makes of the turns: the tokenizer's own template for chat, else the one given."""
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    options = {"chat_template": _source(tokenizer, template), "tokenize": False, "add_generation_prompt": generate}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate, date_string=DATE)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        return tokenizer.apply_chat_template(messages, **options, date_string=DATE)
+    except Exception as error:  # a template is a program, and fails like one
         roles = ", ".join(turn.role for turn in turns)
         raise UserError(
             f"{origin}: the chat template refuses turns {roles} ({error}); mend the row, or set data.template plain"
@@ -194,25 +251,32 @@ def _prompt(source: Row | Sequence[Turn], tokenizer: PreTrainedTokenizerBase, te
     if turns[-1].role == "text":
         return "" if row else turns[-1].content
     turns = turns[:-1] if turns[-1].role == "assistant" else turns
-    if template == "chat":
-        return _chat(turns, tokenizer, row.origin if row else "prompt", True)
+    if template != "plain":
+        return _chat(turns, tokenizer, template, row.origin if row else "prompt", True)
     if row and row.prompt is not None:
         return row.prompt
     text = _render_plain(turns, _eos(tokenizer)).text
     return text + ("\nAnswer:" if text else "Answer:")
 
 
-def encode(row: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> Example:
-    """One row as tokens; see `encode_all` for many."""
-    return next(_encode([row], tokenizer, template))
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, train_on: str = "all") -> Example:
+    """One row as tokens; see `encode_rows` for many."""
+    return next(encode_rows([row], tokenizer, template, train_on))
 
 
-def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: str) -> Iterator[Example]:
-    """Examples in the rows' order, tokenised in chunks: one call a row would cost five times as much."""
+def encode_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: str, train_on: str = "all"
+) -> Iterator[Example]:
+    """Examples in the rows' order, whole, with all assistant turns trained or the last.
+
+    Tokenised in chunks, on all cores: one call a row would cost five times as much.
+    """
     wanted = adds_bos(tokenizer)
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         rendered = [render(row, tokenizer, template) for row in chunk]
+        if train_on == "last":
+            rendered = [replace(r, spans=r.spans[-1:]) for r in rendered]
         texts = list(dict.fromkeys(text for r in rendered for text in _pieces(r)))
         tokens = dict(zip(texts, _tokenize(texts, tokenizer), strict=True)) if texts else {}
         for row, r in zip(chunk, rendered, strict=True):
@@ -255,34 +319,48 @@ def encode_all(
     max_length: int,
     vocab_size: int | None = None,
 ) -> tuple[list[Example], Counts]:
-    """Rows as examples of at most `max_length` tokens, and what became of them.
+    """Rows as examples of at most `max_length` tokens; see `encode_rows` and `fit`."""
+    return fit(encode_rows(rows, tokenizer, template), max_length, tokenizer=tokenizer, vocab_size=vocab_size)
 
-    A longer row is cut at its end where a target remains, else dropped. Raises UserError where none is left, and for a
-    token id that a model of `vocab_size` does not have.
+
+def fit(
+    examples: Iterable[Example],
+    max_length: int,
+    on_long_row: str = "cut",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    vocab_size: int | None = None,
+) -> tuple[list[Example], Counts]:
+    """Examples of at most `max_length` tokens, and what became of the rows.
+
+    A longer row is cut at its end where a target remains, else dropped; with `on_long_row` drop it always is. Raises
+    UserError where none is left, and for a token id that a model of `vocab_size` does not have.
     """
-    if not rows:
-        raise UserError("data: no rows to encode")
     kept, lengths, cut = [], [], 0
-    for example in _encode(rows, tokenizer, template):
-        _check_ids(example, tokenizer, vocab_size)
+    for example in examples:
+        if vocab_size is not None:
+            _check_ids(example, tokenizer, vocab_size)
         lengths.append(len(example.tokens))
-        mask = example.loss_mask[:max_length]
-        if mask.any():
-            cut += lengths[-1] > max_length
-            kept.append(Example(example.tokens[:max_length], mask, example.origin))
+        long, mask = lengths[-1] > max_length, example.loss_mask[:max_length]
+        if mask.any() and not (long and on_long_row == "drop"):
+            cut += long
+            kept.append(replace(example, tokens=example.tokens[:max_length], loss_mask=mask))
+    if not lengths:
+        raise UserError("data: no rows to encode")
     if not kept:
         raise UserError(
-            f"data.max_length: {max_length} tokens leave no room for the answer of any of {len(rows)} rows; "
+            f"data.max_length: {max_length} tokens leave no room for the answer of any of {len(lengths)} rows; "
             f"the shortest row has {min(lengths)} tokens; raise data.max_length"
         )
     tokens = sum(len(example.tokens) for example in kept)
     trained = sum(int(example.loss_mask.sum()) for example in kept)
-    return kept, Counts(len(kept), cut, len(rows) - len(kept), max(lengths), tokens, trained)
+    return kept, Counts(len(kept), cut, len(lengths) - len(kept), max(lengths), tokens, trained)
 
 
-def _check_ids(example: Example, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
+def _check_ids(example: Example, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raises UserError for a token id that a model of `vocab_size` does not have: indexing would clamp it in silence."""
     worst = int(example.tokens.max(initial=0))
-    if vocab_size is not None and worst >= vocab_size:
+    if worst >= vocab_size:
         text = tokenizer.convert_ids_to_tokens(worst)
         raise UserError(
             f"{example.origin}: token id {worst} ({text!r}) is beyond the model's vocabulary of {vocab_size}; "

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from jaxft.config import Config, Data
-from jaxft.data import chat, rows
+from jaxft.data import cache, chat, rows
 from jaxft.data.chat import Counts, Example
-from jaxft.data.loader import Loader
+from jaxft.data.loader import LENGTH_MULTIPLE, Loader
 from jaxft.data.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LENGTH_MULTIPLE = 64  # unpacked sequences are padded to a multiple: one shape, and kind to the hardware's tiles
+
+@dataclass(frozen=True)
+class Part:
+    """What became of the rows for one purpose; `lengths` int64 `[rows]` are the tokens of each before any cut or drop."""
+
+    counts: Counts
+    lengths: np.ndarray
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Batches to train and validate on, rows to measure tasks on, and facts (JSON-ready) and notes (lines) about them."""
+    """Batches to train and validate on, rows to measure tasks on, and facts (JSON-ready) and notes (lines) about them.
+
+    `parts` are train and, where there is one, validation; `max_length` is the most tokens that a row keeps.
+    """
 
     train: Loader
     validation: Loader | None
@@ -28,37 +40,50 @@ class Dataset:
     template: str
     facts: dict[str, Any]
     notes: list[str]
+    parts: dict[str, Part]
+    max_length: int
 
 
 def build(
     config: Config, splits: rows.Splits, tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_positions: int
 ) -> Dataset:
     """Tokenises `splits` for a model of that vocabulary and as many positions. Raises UserError."""
-    data, micro = config.data, config.optim.micro_batch_size
+    data, micro, seed = config.data, config.optim.micro_batch_size, config.run.seed
     template = chat.choose_template(data.template, tokenizer)
     longest = min(data.max_length, max_positions)
-    train, counts = chat.encode_all(splits.train, tokenizer, template, longest, vocab_size)
-    held, held_counts = [], None
-    if splits.validation:
-        held, held_counts = chat.encode_all(splits.validation, tokenizer, template, longest, vocab_size)
+    folder = None if data.cache is None else Path(data.cache).expanduser() / "tokens"
+
+    parts: dict[str, Part] = {}
+
+    def examples(part: str, found: list[Row]) -> list[Example]:
+        whole = cache.encoded(found, tokenizer, template, data.train_on, folder)
+        kept, counts = chat.fit(whole, longest, data.on_long_row, tokenizer=tokenizer, vocab_size=vocab_size)
+        parts[part] = Part(counts, np.array([len(example.tokens) for example in whole], np.int64))
+        return kept
+
+    train = examples("train", splits.train)
+    held = examples("validation", splits.validation) if splits.validation else []
     length = _length(data, longest, train + held)
-    seed = config.run.seed
     loader = Loader(
         train, batch_size=config.optim.batch_size, length=length, packing=data.packing, shuffle=data.shuffle, seed=seed
     )
     validation = Loader(held, batch_size=micro, length=length, packing=data.packing, shuffle=False) if held else None
-    notes = [*splits.notes, f"template: {template}"]
+    notes = [*splits.notes, f"template: {chat.template_name(template)}"]
     if longest < data.max_length:
         notes.append(f"max_length: {data.max_length} → {longest}, where the model's positions end")
-    for part, count in (("train", counts), ("validation", held_counts)):
-        if count is not None and count.cut + count.dropped:
-            notes.append(
-                f"{part}: of {count.kept + count.dropped} rows, {count.cut} are cut at {longest} tokens and {count.dropped} "
-                f"dropped, because no token of the answer fits (longest {count.longest})"
-            )
-    facts = _facts(splits, template, counts, loader, len(held))
-    return Dataset(
-        loader, validation, splits.validation or splits.train, splits.test or splits.validation, template, facts, notes
+    for part, became in parts.items():
+        if became.counts.cut + became.counts.dropped:
+            notes.append(_shortened(part, became.counts, longest, data.on_long_row))
+    facts = _facts(splits, chat.template_name(template), parts["train"].counts, loader, len(held))
+    held_out, task_rows = splits.validation or splits.train, splits.test or splits.validation
+    return Dataset(loader, validation, held_out, task_rows, template, facts, notes, parts, longest)
+
+
+def _shortened(part: str, count: Counts, longest: int, on_long_row: str) -> str:
+    why = "as longer ones are" if on_long_row == "drop" else "because no token of the answer fits"
+    return (
+        f"{part}: of {count.kept + count.dropped} rows, {count.cut} are cut at {longest} tokens and {count.dropped} "
+        f"dropped, {why} (longest {count.longest})"
     )
 
 

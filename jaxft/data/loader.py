@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -14,6 +19,10 @@ from jaxft.data import pack
 from jaxft.data.chat import Example
 from jaxft.errors import UserError
 
+T = TypeVar("T")
+
+# Unpacked sequences are padded to one of so many lengths, each a multiple kind to the hardware's tiles: as many compiles.
+LENGTHS, LENGTH_MULTIPLE = 4, 64
 # Bins are planned over so many rows of an epoch's order: enough to fill them, few enough that each epoch mixes anew.
 WINDOW = 4096
 
@@ -36,8 +45,8 @@ class Batch:
 class Loader:
     """Batches of `batch_size` sequences of `length` positions; every example is in exactly one batch of each epoch.
 
-    A row of n tokens takes n-1 positions, because its last token predicts nothing. Raises UserError without examples
-    and for one that does not fit.
+    Without `packing` a batch holds rows of about one length and is padded to one of `lengths`. A row of n tokens takes n-1
+    positions, because its last token predicts nothing. Raises UserError without examples and for one that does not fit.
     """
 
     def __init__(
@@ -60,13 +69,23 @@ class Loader:
                 f"{self.examples[index].origin}: row of {self.lengths[index] + 1} tokens; sequences of {length} "
                 f"positions take rows of 2 to {length + 1}"
             )
+        self.lengths_padded = [length] if packing else _padded_lengths(self.lengths, length)
         self._steps: dict[int, int] = {}
         self._planned: tuple[int, list[np.ndarray]] | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 hex digest of all that decides a batch: tokens, masks, settings."""
-        settings = (self.batch_size, self.length, self.packing, self.shuffle, self.seed, WINDOW)
+        settings = (
+            self.batch_size,
+            self.length,
+            self.packing,
+            self.shuffle,
+            self.seed,
+            WINDOW,
+            LENGTHS,
+            LENGTH_MULTIPLE,
+        )
         digest = hashlib.sha256(repr(settings).encode())
         for example in self.examples:
             digest.update(len(example.tokens).to_bytes(8, "little"))
@@ -76,8 +95,12 @@ class Loader:
 
     @property
     def fill(self) -> float:
-        """Share of the first epoch's positions that rows occupy."""
-        return pack.fill(self._bins(0), self.lengths, self.length)
+        """Share of the first epoch's positions that rows occupy; of the sequences that are there, where rows are packed."""
+        bins = self._bins(0)
+        if self.packing:
+            return pack.fill(bins, self.lengths, self.length)
+        batches = [bins[at : at + self.batch_size] for at in range(0, len(bins), self.batch_size)]
+        return int(self.lengths.sum()) / sum(self.batch_size * self._width(batch) for batch in batches)
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Steps of that epoch; packed epochs differ by a few, because each plans its own bins."""
@@ -126,19 +149,27 @@ class Loader:
         if not self.shuffle:
             return self._plan(np.arange(rows))
         bins = self._plan(_permutation(rows, self.seed, epoch, 0))
-        return [bins[i] for i in _permutation(len(bins), self.seed, epoch, 1)]
+        if self.packing:
+            return [bins[i] for i in _permutation(len(bins), self.seed, epoch, 1)]
+        whole = len(bins) // self.batch_size  # batches change places; a last one that is not full stays the last
+        order = [*_permutation(whole, self.seed, epoch, 1), whole]
+        return [row for i in order for row in bins[i * self.batch_size : (i + 1) * self.batch_size]]
 
     def _plan(self, order: np.ndarray) -> list[np.ndarray]:
         if not self.packing:
-            return list(order[:, None])
+            # Rows of one padded length together, in the order given: a batch at the border takes the longer length.
+            return list(
+                order[np.argsort(np.searchsorted(self.lengths_padded, self.lengths[order]), kind="stable")][:, None]
+            )
         windows = (order[start : start + WINDOW] for start in range(0, len(order), WINDOW))
         return [window[members] for window in windows for members in pack.plan(self.lengths[window], self.length)]
 
     def _batch(self, bins: list[np.ndarray], step: int) -> Batch:
-        shape = (self.batch_size, self.length)
+        chosen = bins[step * self.batch_size : (step + 1) * self.batch_size]
+        shape = (self.batch_size, self._width(chosen))
         tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
         weights = np.zeros(shape, np.float32)
-        for b, members in enumerate(bins[step * self.batch_size : (step + 1) * self.batch_size]):
+        for b, members in enumerate(chosen):
             at = 0
             for segment, index in enumerate(members, 1):
                 example, used = self.examples[index], int(self.lengths[index])
@@ -148,6 +179,58 @@ class Loader:
                 positions[here], segments[here] = np.arange(used), segment
                 at += used
         return Batch(tokens, targets, positions, segments, weights)
+
+    def _width(self, bins: Sequence[np.ndarray]) -> int:
+        """Positions of a batch's sequences."""
+        if self.packing:
+            return self.length
+        longest = max(int(self.lengths[members].sum()) for members in bins)
+        return self.lengths_padded[int(np.searchsorted(self.lengths_padded, longest))]
+
+
+class Prefetch(Generic[T]):
+    """`make(step)` for consecutive steps, made in a thread up to `depth` steps before they are asked for."""
+
+    def __init__(self, make: Callable[[int], T], start: int, stop: int, depth: int = 2):
+        self.waited = 0.0  # seconds that `next` has spent waiting
+        self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(make, start, stop), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def _run(self, make: Callable[[int], T], start: int, stop: int) -> None:
+        for step in range(start, stop):
+            try:
+                made: tuple[T | None, BaseException | None] = make(step), None
+            except BaseException as error:  # handed over to whoever asks for this step
+                made = None, error
+            self._ready.put(made)
+            if self._stopped.is_set() or made[1] is not None:
+                return
+        self._ready.put((None, IndexError(f"no step {stop}: steps {start} to {stop - 1} were asked for")))
+
+    def next(self) -> T:
+        """The next step's; raises what making it raised."""
+        began = time.monotonic()
+        value, error = self._ready.get()
+        self.waited += time.monotonic() - began
+        if error is not None:
+            raise error
+        return value  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Ends the thread; what it has made is dropped."""
+        self._stopped.set()
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self._ready.get(timeout=0.01)
+        self._thread.join()
+
+
+def _padded_lengths(lengths: np.ndarray, longest: int) -> list[int]:
+    """The lengths to pad to, rising: at most LENGTHS, at equal shares of the rows, the last for the longest row."""
+    shares = np.quantile(lengths, np.arange(1, LENGTHS + 1) / LENGTHS, method="higher")
+    return sorted({min(longest, -(-int(n) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE) for n in shares})
 
 
 def _permutation(size: int, seed: int, epoch: int, purpose: int) -> np.ndarray:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxft import config
@@ -30,6 +31,7 @@ ALPACA_WITH_INPUT = (
 )
 
 MAX_BAD_SHARE = 0.01
+CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,13 @@ class Splits:
 def load(data: config.Data, seed: int) -> Splits:
     """Reads the sources that `data` names and splits off the validation rows. Raises UserError, one line per fault."""
     format, notes, skipped = data.format, _ignored(data), 0
+    _check_columns(data.columns)
     if format != "auto" and format not in FORMATS:
         raise UserError(f"data.format: unknown format {format!r}; use auto, {', '.join(FORMATS)}")
     parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     for part, (label, records) in _sources(data).items():
         limit = data.limit if part == "train" else None
-        parts[part], verdict, bad = _read(records, label, format, data.on_bad_row, limit)
+        parts[part], verdict, bad = _read(_renamed(records, data.columns), label, format, data.on_bad_row, limit)
         skipped += bad
         notes.append(f"{part}: {len(parts[part])} rows of {label}" + (f", {bad} bad rows left out" if bad else ""))
         if part == "train":
@@ -80,7 +83,36 @@ def load(data: config.Data, seed: int) -> Splits:
     if not parts["validation"] and data.validation_fraction > 0:
         parts["train"], parts["validation"] = split(parts["train"], data.validation_fraction, seed)
         notes.append(f"validation: {len(parts['validation'])} of these rows held out, {len(parts['train'])} trained on")
+    if data.calculator == "strip":  # after the split, which then holds out the same rows either way
+        parts = {part: [_without_annotations(row) for row in found] for part, found in parts.items()}
     return Splits(**parts, format=format, skipped=skipped, notes=notes)
+
+
+def _check_columns(columns: dict[str, str]) -> None:
+    known = {field for fields, _ in FORMATS.values() for field in fields} | {"input"}
+    for field in columns:
+        if field not in known:
+            raise UserError(f"data.columns: no format has a field {field!r}; fields are {', '.join(sorted(known))}")
+
+
+def _renamed(records: Records, columns: dict[str, str]) -> Records:
+    """Records with their columns under the names of the format's fields."""
+    for origin, record in records:
+        if columns and isinstance(record, dict):
+            missing = [column for column in columns.values() if column not in record]
+            if missing:
+                record = BadRow(f"data.columns: no column {missing[0]!r}; fields seen: {_fields(record)}")
+            else:
+                record = record | {field: record[column] for field, column in columns.items()}
+        yield origin, record
+
+
+def _without_annotations(row: Row) -> Row:
+    """The row with the calculator's `<<48/2=24>>` taken out of its answers."""
+    turns = [replace(t, content=CALCULATOR.sub("", t.content)) if t.role == "assistant" else t for t in row.turns]
+    if not all(turn.content.strip() for turn in turns if turn.role == "assistant"):
+        raise UserError(f"{row.origin}: nothing is left of an answer without annotations; set data.calculator keep")
+    return replace(row, turns=tuple(turns))
 
 
 def _ignored(data: config.Data) -> list[str]:

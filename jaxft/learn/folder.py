@@ -11,7 +11,10 @@ from jaxft import config
 from jaxft.errors import UserError
 
 # What may differ between two starts of one run: it changes neither the numbers trained on nor the order.
-FREE = ("run.dir", "run.log_every", "run.keep", "run.usd_per_chip_hour", "eval.tasks", "eval.limit", "eval.samples")
+FREE = (
+    "data.cache", "run.dir", "run.log_every", "run.keep", "run.usd_per_chip_hour",
+    "eval.tasks", "eval.limit", "eval.samples",
+)  # fmt: skip
 FREE_SECTIONS = ("mesh",)
 
 

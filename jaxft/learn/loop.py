@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxft.config import Config
-from jaxft.data.loader import Batch, Loader
+from jaxft.data.loader import Batch, Loader, Prefetch
 from jaxft.errors import UserError
 from jaxft.learn.loss import Tally
 from jaxft.learn.metrics import Metrics, Progress
@@ -68,21 +68,33 @@ class Loop:
         self._key = jax.random.key(config.run.seed)
         self._pending: list[dict[str, jax.Array]] = []
         self._tokens, self._since = 0, time.monotonic()
+        self._steps: dict[tuple[int, ...], Any] = {}
+        self._line = (self.stand.tokens, self.stand.seconds)  # at the last log line
 
     def run(self) -> str:
         """Trains; returns why it ended. State, step and stand are then those of the last step."""
         with self.progress:
             if not self._resumed:
                 self._evaluate_and_save()
-            if self._ended() is None:
-                self._compile()
+            reason = self._ended() or self._train()
+        self.parts.checkpoints.wait()
+        return reason
+
+    def _train(self) -> str:
+        """Steps until the run has ended; returns why it did."""
+        self._batches = Prefetch(self._prepare, self.step, self.steps)
+        try:
+            self._compiled(self._prepare(self.step)[0])
+            self._since, self._batches.waited = time.monotonic(), 0.0
+            self.progress.begin()
             while (reason := self._ended()) is None:
                 self._train_once()
                 if self.step % self.config.run.log_every == 0 or self.step == self.steps:
                     self._log()
                 if self.step % self.config.eval.every_steps == 0 or self.step == self.steps:
                     self._evaluate_and_save()
-        self.parts.checkpoints.wait()
+        finally:
+            self._batches.close()
         return reason
 
     def wall_seconds(self) -> float:
@@ -95,19 +107,24 @@ class Loop:
             return f"early stop at step {self.step}: no lower eval_loss in {patience} evaluations since step {stand.best_step}"
         return f"all {self.steps} steps done" if self.step >= self.steps else None
 
-    def _compile(self) -> None:
-        began = time.monotonic()
-        arguments = self.state, self.parts.frozen, self._placed(self.parts.train.batch_at(self.step)), self._key
-        self._train_step = self.parts.train_step.lower(*arguments).compile()
-        self.progress.say(f"compiled the training step in {time.monotonic() - began:.1f} s")
-        self._since = time.monotonic()
-        self.progress.begin()
+    def _compiled(self, batch: dict[str, jax.Array]) -> Any:
+        """The training step for batches of this shape; unpacked rows have a few shapes, packed ones have one."""
+        shape = batch["tokens"].shape
+        if shape not in self._steps:
+            began = time.monotonic()
+            arguments = self.state, self.parts.frozen, batch, self._key
+            self._steps[shape] = self.parts.train_step.lower(*arguments).compile()
+            seconds = time.monotonic() - began
+            self._since += seconds  # compiling is not training
+            self.progress.say(f"compiled the training step for {shape[0]} × {shape[1]} in {seconds:.1f} s")
+        return self._steps[shape]
 
     def _train_once(self) -> None:
-        batch = self.parts.train.batch_at(self.step)
-        self.state, sums = self._train_step(self.state, self.parts.frozen, self._placed(batch), self._key)
+        batch, tokens = self._batches.next()
+        step = self._compiled(batch)
+        self.state, sums = step(self.state, self.parts.frozen, batch, self._key)
         self._pending.append(sums)
-        self._tokens += int((batch.segments > 0).sum())
+        self._tokens += tokens
         self.step += 1
         self.progress.advance(self.step)
 
@@ -128,8 +145,9 @@ class Loop:
         return fetched[-1] if fetched else {}
 
     def _log(self) -> None:
-        tokens, seconds = self.stand.tokens, self.stand.seconds
-        last = self._collect()
+        last, waited = self._collect(), self._batches.waited
+        tokens, seconds = self.stand.tokens - self._line[0], max(self.stand.seconds - self._line[1], 1e-9)
+        self._line, self._batches.waited = (self.stand.tokens, self.stand.seconds), 0.0
         nll, correct, weight = self.stand.sums
         self.stand.sums = [0.0, 0.0, 0.0]
         record = {
@@ -140,7 +158,8 @@ class Loop:
             "learning_rate": float(self.parts.schedule(self.step - 1)),
             "grad_norm": float(last["grad_norm"]),
             "num_tokens": self.stand.tokens,
-            "tokens_per_second": (self.stand.tokens - tokens) / max(self.stand.seconds - seconds, 1e-9),
+            "tokens_per_second": tokens / seconds,
+            "data_wait": waited / seconds,
         }
         self.parts.metrics.write(record)
         self.progress.show(record)
@@ -184,8 +203,10 @@ class Loop:
         epoch, done = self.parts.train.locate(self.step - 1)
         return round(epoch + (done + 1) / self.parts.train.steps_in_epoch(epoch), 4)
 
-    def _placed(self, batch: Batch) -> dict[str, jax.Array]:
-        return place_batch(batch, self.parts.mesh)
+    def _prepare(self, step: int) -> tuple[dict[str, jax.Array], int]:
+        """The batch of a step on the devices, and its number of real tokens."""
+        batch = self.parts.train.batch_at(step)
+        return place_batch(batch, self.parts.mesh), int((batch.segments > 0).sum())
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:

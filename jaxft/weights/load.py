@@ -21,7 +21,7 @@ from jaxft.models.arch import Arch
 from jaxft.models.families import arch_from_config
 from jaxft.models.tensors import Tensor, initial_adapter, initial_magnitude, initial_weight
 from jaxft.weights.hub import read_json
-from jaxft.weights.shards import Slice
+from jaxft.weights.shards import Slice, check
 
 ALIGNMENT = 64  # bytes; JAX copies a host buffer that lies otherwise
 
@@ -61,19 +61,6 @@ def check_base(files: Mapping[str, Slice], rows: Iterable[Tensor], arch: Arch, s
     spare = {f"{arch.names.head}.weight"} if arch.tied_head else set()
     found = {name: t for name, t in files.items() if name not in spare and not name.endswith("rotary_emb.inv_freq")}
     check(found, wanted, f"{source}: {{}} tensors do not fit config.json")
-
-
-def check(found: Mapping[str, Slice], wanted: Mapping[str, tuple[int, ...]], complaint: str) -> None:
-    """Raises one UserError, `complaint` with the number of faults, listing what is missing, unexpected or misshapen."""
-    faults = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in found]
-    faults += [f"unexpected {name} {tensor.shape}" for name, tensor in found.items() if name not in wanted]
-    faults += [
-        f"{name}: file {found[name].shape}, model {shape}"
-        for name, shape in wanted.items()
-        if name in found and found[name].shape != shape
-    ]
-    if faults:
-        raise UserError(f"{complaint.format(len(faults))}: {'; '.join(faults)}")
 
 
 def read_tensor(files: Mapping[str, Slice], row: Tensor, names: tuple[str, ...], mesh: Mesh) -> jax.Array:

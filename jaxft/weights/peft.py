@@ -17,7 +17,7 @@ from jaxft.errors import UserError
 from jaxft.models import lora
 from jaxft.models.arch import Arch
 from jaxft.models.tensors import Tensor
-from jaxft.weights import load
+from jaxft.weights import load, shards
 from jaxft.weights.hub import read_json
 from jaxft.weights.shards import Slice, open_file, write_file
 
@@ -51,7 +51,7 @@ class AdapterFiles:
     def check(self, rows: Iterable[Tensor]) -> None:
         """Raises one UserError listing every tensor that is missing, left over, or misshapen."""
         wanted = {name: row.hub_shape for row in rows if row.saved is not None for name in row.saved}
-        load.check(
+        shards.check(
             self.tensors, wanted, f"{self.folder / WEIGHTS}: {{}} tensors do not fit {CONFIG} and the base model"
         )
 

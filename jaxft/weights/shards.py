@@ -131,6 +131,19 @@ def _slice(file: Path, name: str, entry: Any, start: int, size: int) -> Slice:
     return Slice(file, start + begin, shape, DTYPES[kind])
 
 
+def check(found: Mapping[str, Slice], wanted: Mapping[str, tuple[int, ...]], complaint: str) -> None:
+    """Raises one UserError, `complaint` with the number of faults, listing what is missing, unexpected or misshapen."""
+    faults = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in found]
+    faults += [f"unexpected {name} {tensor.shape}" for name, tensor in found.items() if name not in wanted]
+    faults += [
+        f"{name}: file {found[name].shape}, model {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name].shape != shape
+    ]
+    if faults:
+        raise UserError(f"{complaint.format(len(faults))}: {'; '.join(faults)}")
+
+
 def write_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
     """Writes one safetensors file, with the metadata that transformers and PEFT ask for."""
     from safetensors.numpy import save_file

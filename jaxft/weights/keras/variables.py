@@ -15,8 +15,7 @@ from jaxft.errors import UserError
 from jaxft.weights.hub import read_json
 from jaxft.weights.keras.find import first_line, needed
 from jaxft.weights.keras.layout import EMBEDDING, FLOATS, HEAD, Layout
-from jaxft.weights.load import check
-from jaxft.weights.shards import Slice
+from jaxft.weights.shards import Slice, check
 
 SINGLE, INDEX = "model.weights.h5", "model.weights.json"
 SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.weights\.h5")
