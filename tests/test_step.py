@@ -1,5 +1,6 @@
 """The training step: how a batch is cut, spread, recomputed and chunked changes nothing that it computes."""
 
+import dataclasses
 from dataclasses import replace
 
 import jax
@@ -12,6 +13,8 @@ from checkpoints import llama, load, reload, save, tokens, with_random_b
 
 from jaxft import config
 from jaxft.config import Lora, Optim
+from jaxft.data.chat import Example
+from jaxft.data.loader import Loader
 from jaxft.errors import UserError
 from jaxft.learn import loss, optim
 from jaxft.learn.step import initial_state, make_eval_step, make_train_step
@@ -112,6 +115,21 @@ def lora_gradient(folder):
 @pytest.fixture(scope="module")
 def full_gradient(folder):
     return Run(folder, None, optimizer=keeps_gradient()).gradient(batch())
+
+
+def test_packed_rows_give_the_loss_and_gradients_of_separate_rows(folder):
+    lengths = (12, 5, 9, 17, 3, 8, 6, 11)
+    ids = [tokens(1, n, seed, vocab=96)[0] for seed, n in enumerate(lengths)]
+    examples = [Example(row, np.arange(len(row)) >= len(row) // 2, f"rows:{i}") for i, row in enumerate(ids)]
+    run = Run(folder, optimizer=keeps_gradient())
+    packed, apart = (
+        dataclasses.asdict(Loader(examples, batch_size=size, length=length, packing=packing).batch_at(0))
+        for size, length, packing in ((4, 20, True), (8, 16, False))
+    )
+    assert (packed["segments"].max(axis=1) > 1).any() and (apart["segments"].max(axis=1) == 1).all()
+    (found, metrics), (wanted, plain_metrics) = run.gradient(packed), run.gradient(apart)
+    assert_same_metrics(metrics, plain_metrics)
+    assert_close(found, wanted)
 
 
 def test_eight_micro_batches_of_one_row_equal_one_batch_of_eight(folder, plain):

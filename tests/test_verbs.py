@@ -21,7 +21,7 @@ def run(*command, **options):
     """A verb in a process of its own, as in a shell: one device, no flags of the tests."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     words = [sys.executable, "-m", *command]
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, **options)
+    return subprocess.run(words, capture_output=True, text=True, timeout=1200, env=environment, **options)
 
 
 def test_generate_prints_what_the_python_api_gives():

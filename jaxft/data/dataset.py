@@ -81,10 +81,9 @@ def build(
 
 def _shortened(part: str, count: Counts, longest: int, on_long_row: str) -> str:
     why = "as longer ones are" if on_long_row == "drop" else "because no token of the answer fits"
-    return (
-        f"{part}: of {count.kept + count.dropped} rows, {count.cut} are cut at {longest} tokens and {count.dropped} "
-        f"dropped, {why} (longest {count.longest})"
-    )
+    dropped = f"{count.dropped} dropped, {why}" if count.dropped else "none dropped"
+    rows = count.kept + count.dropped
+    return f"{part}: of {rows} rows, {count.cut} are cut at {longest} tokens and {dropped} (longest {count.longest})"
 
 
 def _length(data: Data, longest: int, examples: list[Example]) -> int:
