@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     adapter = _adapter_folder(Path(options.adapter))
     name = options.model or base_name(adapter)
     source = find(config.Model(name, options.revision, options.tokenizer, adapter=str(adapter)))
-    (_merge if options.merge else _write_adapter)(options, out, name, adapter, source)
+    (_merge if options.merge else _write_adapter)(options, out, name, source)
 
 
 def _adapter_folder(folder: Path) -> Path:
@@ -58,12 +58,11 @@ def _adapter_folder(folder: Path) -> Path:
     )
 
 
-def _tokenizer_folder(options: Options, adapter: Path, source: Source) -> Path:
-    own = options.tokenizer is None and (adapter / "tokenizer_config.json").is_file()
-    return adapter if own else source.tokenizer
+def _tokenizer_folder(options: Options, source: Source) -> Path:
+    return source.tokenizer if options.tokenizer else source.tokenizer_beside_adapter
 
 
-def _merge(options: Options, out: Path, name: str, adapter: Path, source: Source) -> None:
+def _merge(options: Options, out: Path, name: str, source: Source) -> None:
     import numpy as np
 
     from jaxft.weights import merged
@@ -71,7 +70,7 @@ def _merge(options: Options, out: Path, name: str, adapter: Path, source: Source
     dtype: Any = None if options.dtype == "auto" else _numpy_dtype(options.dtype)
     tensors = merged.merged(source.files, source.adapter, source.arch, dtype)
     settings = merged.config_for(source.folder, name, source.arch, source.plan, dtype)
-    merged.save(out, tensors, settings, source.folder, _tokenizer_folder(options, adapter, source))
+    merged.save(out, tensors, settings, source.folder, _tokenizer_folder(options, source))
     dtypes = ", ".join(sorted({np.dtype(t.dtype).name for t in tensors}))
     print(f"merged: {out} ({len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e9:.3g} GB, {dtypes})")
 
@@ -82,11 +81,11 @@ def _numpy_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def _write_adapter(options: Options, out: Path, name: str, adapter: Path, source: Source) -> None:
+def _write_adapter(options: Options, out: Path, name: str, source: Source) -> None:
     from jaxft.weights import merged, peft
 
     peft.rewrite(out, source.adapter, source.arch, name, source.commit or options.revision)
-    merged.copy_files(_tokenizer_folder(options, adapter, source), out)
+    merged.copy_files(_tokenizer_folder(options, source), out)
     print(f"adapter: {out} ({peft.vllm_verdict(source.plan, source.arch)})")
 
 

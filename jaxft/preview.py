@@ -63,16 +63,13 @@ def run(settings: config.Config, name: str, rows: int, page: Path | None, bounda
 
 def _model(model: config.Model) -> tuple[Arch, Path]:
     """The architecture that config.json describes, and the tokenizer's folder; weights stay where they are."""
-    from jaxft.models.families import arch_from_config
     from jaxft.weights import hub, keras
 
     preset = keras.is_preset(model.name)
     folder = (
         keras.open_preset(model.name).folder if preset else hub.local_folder(model.name, model.revision, weights=False)
     )
-    file = folder / "config.json"
-    arch = arch_from_config(hub.read_json(file, "every model"), str(file))
-    named = model.tokenizer
+    arch, named = hub.read_arch(folder), model.tokenizer
     return arch, hub.local_folder(named, key="model.tokenizer", weights=False) if named else folder
 
 

@@ -24,7 +24,7 @@ from jaxft.learn.step import initial_state, make_train_step
 from jaxft.models.lora import adaptation, described
 from jaxft.models.tensors import count_parameters
 from jaxft.parallel.mesh import make_mesh
-from jaxft.weights.load import read_arch
+from jaxft.weights.hub import read_arch
 from jaxft.weights.model import find
 from jaxft.weights.peft import hub_tensors, vllm_verdict
 from jaxft.weights.peft import save as save_adapter

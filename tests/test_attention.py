@@ -32,7 +32,9 @@ def test_a_kernel_equals_the_dense_one_with_gradients(name, S, settings):
     real = (places.q_segments > 0)[..., None, None]
 
     def run(kernel):
-        return jax.value_and_grad(lambda *x: jnp.sum(jnp.where(real, kernel(*x, places, **rest) * weights, 0.0)), (0, 1, 2))(*qkv)
+        return jax.value_and_grad(
+            lambda *x: jnp.sum(jnp.where(real, kernel(*x, places, **rest) * weights, 0.0)), (0, 1, 2)
+        )(*qkv)
 
     (found, found_gradients), (wanted, wanted_gradients) = run(KERNELS[name]), run(dense)
     assert found == pytest.approx(float(wanted), rel=1e-5)

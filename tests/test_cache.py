@@ -168,7 +168,6 @@ def test_a_folder_that_cannot_be_written_costs_only_the_cache(encoded, tmp_path,
         (tmp_path / "file").write_text("")
         folder = tmp_path / "file" / "tokens"
     elif when == "the disk is full":
-
         monkeypatch.setattr(os, "fdopen", failing(OSError(28, "No space left on device")))
     else:
         monkeypatch.setattr(os, "replace", lambda old, new: (_ for _ in ()).throw(PermissionError(13, "denied")))

@@ -32,7 +32,7 @@ from jaxft.errors import UserError
 from jaxft.evals.decode import Generator
 from jaxft.models.attention import MIN_BLOCK
 from jaxft.models.families import FAMILIES, arch_from_config
-from jaxft.weights.load import read_arch
+from jaxft.weights.hub import read_arch
 from jaxft.weights.model import load_decoder
 
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}

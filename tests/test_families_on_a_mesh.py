@@ -33,7 +33,9 @@ def two_steps(folder, mesh, embedding):
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("family", ["gemma2", *(pytest.param(name, marks=SLOW) for name in ("gemma", "qwen2", "qwen3"))])
+@pytest.mark.parametrize(
+    "family", ["gemma2", *(pytest.param(name, marks=SLOW) for name in ("gemma", "qwen2", "qwen3"))]
+)
 def test_eight_devices_equal_one(family, tmp_path):
     folder = save(tiny(family, vocab_size=96, num_key_value_heads=2), tmp_path)
     one = two_steps(folder, make_mesh(devices=jax.devices()[:1]), "embed_tokens")
@@ -44,6 +46,10 @@ def test_eight_devices_equal_one(family, tmp_path):
 def test_openelm_on_eight_devices_equals_one_and_its_odd_heads_are_not_cut(tmp_path):
     openelm.save(openelm.openelm(vocab_size=96), tmp_path)
     one = two_steps(tmp_path, make_mesh(devices=jax.devices()[:1]), "token_embeddings")
-    assert two_steps(tmp_path, make_mesh(config.Mesh(data=2, fsdp=4)), "token_embeddings") == pytest.approx(one, rel=1e-5)
-    with pytest.raises(UserError, match=r"qkv_proj: kv_heads of 3 does not split over tensor=2; set mesh.tensor to at most 1"):
+    assert two_steps(tmp_path, make_mesh(config.Mesh(data=2, fsdp=4)), "token_embeddings") == pytest.approx(
+        one, rel=1e-5
+    )
+    with pytest.raises(
+        UserError, match=r"qkv_proj: kv_heads of 3 does not split over tensor=2; set mesh.tensor to at most 1"
+    ):
         load(tmp_path, mesh=make_mesh(THREE_AXES))

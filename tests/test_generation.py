@@ -49,7 +49,12 @@ def test_greedy_answers_equal_transformers_for_prompts_of_all_lengths(folder, ge
 
 def test_greedy_answers_equal_transformers_for_another_shape_with_an_adapter(tmp_path):
     model = llama(
-        vocab_size=96, rope_parameters=LLAMA3, tie_word_embeddings=True, num_key_value_heads=1, head_dim=16, attention_bias=True
+        vocab_size=96,
+        rope_parameters=LLAMA3,
+        tie_word_embeddings=True,
+        num_key_value_heads=1,
+        head_dim=16,
+        attention_bias=True,
     )
     folder, adapter = save(model, tmp_path / "base"), tmp_path / "adapter"
     oracle = peft_model(reload(folder), target_modules=r".*\.1\..*_proj")  # layers 0 and 1 are no longer alike

@@ -25,7 +25,7 @@ from checkpoints import (
 from jaxft.errors import UserError
 from jaxft.models.attention import MIN_BLOCK
 from jaxft.models.families import arch_from_config
-from jaxft.weights.load import read_arch
+from jaxft.weights.hub import read_arch
 from jaxft.weights.model import load_decoder
 
 LLAMA3 = {
@@ -82,7 +82,9 @@ def test_a_config_with_rope_in_both_dialects_is_read_like_transformers(tmp_path)
 def test_an_old_config_with_few_fields_gets_transformers_defaults(tmp_path):
     model = llama(rms_norm_eps=1e-6, num_key_value_heads=4)
     folder = old_dialect(save(model, tmp_path))
-    removed = "num_key_value_heads head_dim rope_theta rope_scaling attention_bias mlp_bias tie_word_embeddings rms_norm_eps"
+    removed = (
+        "num_key_value_heads head_dim rope_theta rope_scaling attention_bias mlp_bias tie_word_embeddings rms_norm_eps"
+    )
     edit_config(folder, *removed.split())
     assert_equals_torch(folder, model, tokens(1, 16))
 
@@ -124,7 +126,9 @@ def test_packed_rows_equal_separate_rows(tmp_path):
     segments = np.repeat(np.array([1, 2, 3, 0], np.int32), (11, 6, 9, 6))[None]
     together = np.asarray(model(packed, positions, segments))
     for row, start in ((first, 0), (second, 11), (third, 17)):
-        assert_same(together[:, start : start + row.shape[1]], np.asarray(model(row)), 1e-5)  # the same kernels, other shapes
+        assert_same(
+            together[:, start : start + row.shape[1]], np.asarray(model(row)), 1e-5
+        )  # the same kernels, other shapes
 
 
 def test_right_padding_changes_nothing(tmp_path):
@@ -209,7 +213,11 @@ def test_a_quantised_checkpoint_is_refused(tmp_path):
 
 def test_extra_fields_that_change_nothing_are_accepted():
     plain = arch_from_config(SMALL)
-    extra = {"_name_or_path": "x", "use_cache": False, "pretraining_tp": 1, "rope_scaling": None, "quantization_config": None}
+    extra = {
+        "_name_or_path": "x",
+        "use_cache": False,
+        "pretraining_tp": 1,
+        "rope_scaling": None,
+        "quantization_config": None,
+    }
     assert arch_from_config({**SMALL, **extra}) == plain
-
-

@@ -72,7 +72,9 @@ def test_every_missing_unexpected_and_misshapen_tensor_is_listed_in_one_error(fo
 
 def test_a_tied_checkpoint_may_repeat_its_head(tmp_path):
     tied = save(llama(tie_word_embeddings=True), tmp_path)
-    again = rewrite(tied, tmp_path / "again", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 0}))
+    again = rewrite(
+        tied, tmp_path / "again", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 0})
+    )
     assert np.array_equal(load_decoder(str(again))[0](jnp.ones((1, 4))), load_decoder(str(tied))[0](jnp.ones((1, 4))))
 
 

@@ -99,7 +99,9 @@ def test_a_single_name_is_a_name_too():
     assert targets("down_proj", ARCH) == targets(("down_proj",), ARCH) and len(targets("down_proj", ARCH)) == 3
 
 
-@pytest.mark.parametrize("wanted", ["qkv_proj", ("q_proj", "qkv_proj"), r".*\.layers\.9\..*", "proj", ("_proj",), ()], ids=str)
+@pytest.mark.parametrize(
+    "wanted", ["qkv_proj", ("q_proj", "qkv_proj"), r".*\.layers\.9\..*", "proj", ("_proj",), ()], ids=str
+)
 def test_a_target_that_matches_nothing_is_refused_with_what_exists(wanted):
     with pytest.raises(UserError) as error:
         targets(wanted, ARCH)
@@ -160,7 +162,11 @@ def test_only_the_pairs_are_trained_and_none_trains_every_weight(folder):
 
 def test_trained_parameters_are_float32_on_a_bfloat16_base(folder):
     pairs, every = load(folder, Lora(), dtype="bfloat16"), load(folder, None, dtype="bfloat16")
-    assert {v.dtype for v in pairs.trainable.values()} == {v.dtype for v in every.trainable.values()} == {jnp.dtype("float32")}
+    assert (
+        {v.dtype for v in pairs.trainable.values()}
+        == {v.dtype for v in every.trainable.values()}
+        == {jnp.dtype("float32")}
+    )
     assert {v.dtype for v in pairs.frozen.values()} == {jnp.dtype("bfloat16")}
     for loaded in (pairs, every):
         found = logits(loaded, tokens(1, 8))
@@ -169,7 +175,9 @@ def test_trained_parameters_are_float32_on_a_bfloat16_base(folder):
 
 
 @pytest.mark.parametrize(
-    ("rank", "wanted"), [(8, "all-linear"), (3, ("q_proj", "down_proj")), (4, SOME_LAYERS)], ids=["all", "names", "regex"]
+    ("rank", "wanted"),
+    [(8, "all-linear"), (3, ("q_proj", "down_proj")), (4, SOME_LAYERS)],
+    ids=["all", "names", "regex"],
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["head", "tied head"])
 def test_parameter_counts_equal_pefts(rank, wanted, tied, tmp_path):

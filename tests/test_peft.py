@@ -19,7 +19,7 @@ from jaxft.errors import UserError
 from jaxft.learn import optim
 from jaxft.learn.step import initial_state, make_train_step
 from jaxft.parallel.mesh import make_mesh
-from jaxft.weights.load import read_arch
+from jaxft.weights.hub import read_arch
 from jaxft.weights.model import find
 from jaxft.weights.peft import open_adapter
 from jaxft.weights.peft import save as save_adapter
@@ -83,7 +83,9 @@ def by_hub_name(rows, arrays):
 
 def pairs(model, value=lambda p: p):
     """A PEFT model's pairs as numpy under their names in its files."""
-    found = {n.removeprefix(PREFIX).replace(".default", ""): value(p) for n, p in model.named_parameters() if "lora_" in n}
+    found = {
+        n.removeprefix(PREFIX).replace(".default", ""): value(p) for n, p in model.named_parameters() if "lora_" in n
+    }
     return {name: tensor.detach().numpy() for name, tensor in found.items()}
 
 
@@ -100,7 +102,10 @@ def first_step(loaded, optimizer, ids, weights, clip=None):
 
 
 def test_loss_and_gradients_of_every_pair_equal_pefts(base, theirs):
-    loaded, oracle = load(base, adapter=str(theirs)), peft.PeftModel.from_pretrained(reload(base), theirs, is_trainable=True)
+    loaded, oracle = (
+        load(base, adapter=str(theirs)),
+        peft.PeftModel.from_pretrained(reload(base), theirs, is_trainable=True),
+    )
     weights = some_weights(IDS)
     loss = torch_loss(oracle, IDS, weights)
     loss.backward()
@@ -122,14 +127,24 @@ def test_loss_and_gradients_of_every_pair_equal_pefts(base, theirs):
     [
         Optim(learning_rate=1e-3, schedule="constant", weight_decay=0.01, clip=None, epsilon=1e-5),
         Optim(
-            learning_rate=1e-3, schedule="linear", warmup=3, weight_decay=0.01, clip=0.5, beta1=0.8, beta2=0.95, epsilon=1e-5
+            learning_rate=1e-3,
+            schedule="linear",
+            warmup=3,
+            weight_decay=0.01,
+            clip=0.5,
+            beta1=0.8,
+            beta2=0.95,
+            epsilon=1e-5,
         ),
     ],
     ids=["constant", "linear, warm-up and clipping"],
 )
 def test_ten_steps_of_adamw_equal_torchs(base, theirs, settings):
     steps, data = 10, [tokens(4, 24, seed=i) for i in range(10)]
-    loaded, oracle = load(base, adapter=str(theirs)), peft.PeftModel.from_pretrained(reload(base), theirs, is_trainable=True)
+    loaded, oracle = (
+        load(base, adapter=str(theirs)),
+        peft.PeftModel.from_pretrained(reload(base), theirs, is_trainable=True),
+    )
     start = pairs(oracle, lambda p: p.clone())
     wanted, torch_losses = _torch_steps(oracle.eval(), settings, data)
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -179,7 +194,10 @@ def _torch_steps(model, settings, data):
 def test_learning_rates_equal_transformers(schedule, warmup, steps):
     settings = Optim(learning_rate=0.5, schedule=schedule, warmup=warmup)
     adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    name, first = {"constant": "constant_with_warmup"}.get(schedule, schedule), math.ceil(warmup * (steps if warmup < 1 else 1))
+    name, first = (
+        {"constant": "constant_with_warmup"}.get(schedule, schedule),
+        math.ceil(warmup * (steps if warmup < 1 else 1)),
+    )
     scheduler = transformers.get_scheduler(name, adamw, num_warmup_steps=first, num_training_steps=steps)
     wanted = []
     for _ in range(steps):
@@ -238,7 +256,9 @@ def test_an_exported_config_spells_out_what_peft_knows_and_nothing_else(base, tm
     read = peft.PeftConfig.from_pretrained(tmp_path)
     assert (read.r, read.lora_alpha, read.lora_dropout, read.bias, read.use_rslora) == (8, 16, 0.1, "none", False)
     assert (read.task_type, read.base_model_name_or_path, read.inference_mode) == ("CAUSAL_LM", str(base), True)
-    assert sorted(read.target_modules) == sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    assert sorted(read.target_modules) == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
     with safetensors.safe_open(tmp_path / "adapter_model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
 

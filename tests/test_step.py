@@ -96,7 +96,9 @@ def assert_same_run(run, plain):
     assert_same_metrics(metrics, plain_metrics)
     for path, value in wanted.trainable.items():
         # Adam divides a gradient by its own size, so rounding shows where a gradient is small; a step moves by 1e-2.
-        assert np.abs(np.asarray(found.trainable[path]) - np.asarray(value)).max() <= 1e-3 * SETTINGS.learning_rate, path
+        assert np.abs(np.asarray(found.trainable[path]) - np.asarray(value)).max() <= 1e-3 * SETTINGS.learning_rate, (
+            path
+        )
         assert np.abs(np.asarray(value) - np.asarray(plain.loaded.trainable[path])).max() > SETTINGS.learning_rate
     return found
 
@@ -259,7 +261,10 @@ def test_a_tied_embedding_gets_both_gradients_and_moves(tmp_path):
 @pytest.mark.parametrize(
     ("sizes", "shown"),
     [
-        ({"fsdp": 3}, "mesh.data=1, mesh.fsdp=3, mesh.tensor=1 does not multiply to 8 device(s); set one of them to -1"),
+        (
+            {"fsdp": 3},
+            "mesh.data=1, mesh.fsdp=3, mesh.tensor=1 does not multiply to 8 device(s); set one of them to -1",
+        ),
         ({"data": 3}, "mesh.data=3, mesh.fsdp=-1, mesh.tensor=1 does not multiply to 8"),
         ({"data": 16}, "mesh.data=16, mesh.fsdp=-1, mesh.tensor=1 does not multiply to 8"),
         ({"data": 0}, "mesh.data=0, mesh.fsdp=-1, mesh.tensor=1: sizes are positive"),

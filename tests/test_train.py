@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxft
-from jaxft import config, train
+from jaxft import train
 from jaxft.errors import UserError, one_line, run_verb
 from jaxft.learn.loop import Loop
 

@@ -27,7 +27,9 @@ def run(*command, **options):
 def test_generate_prints_what_the_python_api_gives():
     model, tokenizer = jaxft.load("builtin:tiny")
     (said,) = jaxft.generate(model, tokenizer, [ASKED], max_new_tokens=12)
-    shown = run("jaxft.generate", "--model", "builtin:tiny", "--dtype", "float32", "--prompt", ASKED, "--max-new-tokens", "12")
+    shown = run(
+        "jaxft.generate", "--model", "builtin:tiny", "--dtype", "float32", "--prompt", ASKED, "--max-new-tokens", "12"
+    )
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout == said + "\n"
 

@@ -133,15 +133,10 @@ class Arch:
         layers = range(len(self.layers))
         return {self.module_path(i, name): self.linear_shape(i, name) for i in layers for name in self.linears}
 
-    def has_bias(self, path: str) -> bool:
-        """Whether the linear module at `path` has a bias."""
-        layers = range(len(self.layers))
-        return any(
-            getattr(self.layers[i], BIASES[name])
-            for i in layers
-            for name in self.linears
-            if self.module_path(i, name) == path
-        )
+    def biased_paths(self) -> frozenset[str]:
+        """Hub paths of the linear modules that have a bias."""
+        linears = ((i, name) for i in range(len(self.layers)) for name in self.linears)
+        return frozenset(self.module_path(i, name) for i, name in linears if getattr(self.layers[i], BIASES[name]))
 
     def module_paths(self) -> list[str]:
         """Hub paths of every module that holds weights, in order."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +97,7 @@ def adaptation(lora: Lora | None, arch: Arch) -> Adaptation:
             f"lora.train_modules and lora.targets both name {both[0]}; a module has a pair or is trained in full"
         )
     biased = {"none": (), "lora_only": paths, "all": arch.linear_shapes()}[lora.bias]
-    return Adaptation(adapters, modules, frozenset(path for path in biased if arch.has_bias(path)))
+    return Adaptation(adapters, modules, arch.biased_paths().intersection(biased))
 
 
 def described(plan: Adaptation) -> str:
@@ -117,19 +117,24 @@ def described(plan: Adaptation) -> str:
     return "; ".join(said)
 
 
+def matching(patterns: Iterable[str], path: str) -> str | None:
+    """PEFT's rule: the first of `patterns` that matches the end of a module path. Raises re.error."""
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", path)), None)
+
+
 def by_pattern(patterns: Mapping[str, float], paths: Sequence[str], default: float, key: str) -> dict[str, Any]:
     """Path -> the value of the first of `patterns` that matches the path's end, by PEFT's rule; else `default`.
 
     Raises UserError for what is no regular expression, and for one that matches none of `paths`.
     """
     try:
-        compiled = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
+        found = {path: matching(patterns, path) for path in paths}
+        idle = [p for p in patterns if not any(matching([p], path) for path in paths)]
     except re.error as error:
         raise UserError(f"{key}: {error.pattern!r} is not a regular expression: {error}") from error
-    idle = [p for p, (expression, _) in zip(patterns, compiled) if not any(expression.match(path) for path in paths)]
     if idle:
         raise UserError(f"{key}: {idle[0]!r} matches no adapted module (e.g. {paths[0]})")
-    return {path: next((value for e, value in compiled if e.match(path)), default) for path in paths}
+    return {path: default if pattern is None else patterns[pattern] for path, pattern in found.items()}
 
 
 def in_full(names: Sequence[str], arch: Arch) -> frozenset[str]:

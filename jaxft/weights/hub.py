@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.errors import UserError
+from jaxft.models.arch import Arch
+from jaxft.models.families import arch_from_config
 
 BUILTIN = {"builtin:tiny": Path(__file__).resolve().parent.parent / "tiny" / "base"}
 TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -97,6 +99,15 @@ def _obstacle(error: Exception, name: str) -> str:
         return f"cannot be written to the Hub's cache {cache} ({error.strerror}); make room there, or set HF_HOME"
     what = " ".join(str(error).split())
     return f"cannot be downloaded ({type(error).__name__}: {what:.300}); check the network and try again: whole files are kept"
+
+
+def read_arch(folder: Path) -> Arch:
+    """The architecture that the folder's config.json describes."""
+    file = folder / "config.json"
+    config = read_json(file, "every model")
+    if config.get("quantization_config") is not None:
+        raise UserError(f"{file}: quantization_config: quantised checkpoints are not supported; use the original one")
+    return arch_from_config(config, str(file))
 
 
 def read_json(file: Path, what: str) -> Mapping[str, Any]:

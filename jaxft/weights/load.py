@@ -16,23 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.errors import UserError
 from jaxft.models.arch import Arch
-from jaxft.models.families import arch_from_config
 from jaxft.models.tensors import Tensor, initial_adapter, initial_magnitude, initial_weight
 from jaxft.weights.hub import read_json
 from jaxft.weights.shards import Slice, check
 
 ALIGNMENT = 64  # bytes; JAX copies a host buffer that lies otherwise
-
-
-def read_arch(folder: Path) -> Arch:
-    """The architecture that the folder's config.json describes."""
-    file = folder / "config.json"
-    config = read_json(file, "every model")
-    if config.get("quantization_config") is not None:
-        raise UserError(f"{file}: quantization_config: quantised checkpoints are not supported; use the original one")
-    return arch_from_config(config, str(file))
 
 
 def stored_dtype(folder: Path, files: Mapping[str, Slice] | None, arch: Arch) -> Any:

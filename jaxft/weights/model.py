@@ -18,7 +18,7 @@ from jaxft.models.arch import Arch
 from jaxft.models.attention import kernel_for
 from jaxft.parallel.mesh import make_mesh
 from jaxft.weights import keras, load, peft, shards
-from jaxft.weights.hub import local_folder
+from jaxft.weights.hub import local_folder, read_arch
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ class Source:
     dtype: Any  # of frozen weights and activations here
     stored: Any  # of the checkpoint's files
     plan: lora.Adaptation
+
+    @property
+    def tokenizer_beside_adapter(self) -> Path:
+        """The adapter's folder where it brings a tokenizer, else the base's."""
+        folder = None if self.adapter is None else self.adapter.folder
+        return folder if folder and (folder / "tokenizer_config.json").is_file() else self.tokenizer
 
     @property
     def commit(self) -> str | None:
@@ -62,7 +68,7 @@ def find(model: config.Model, adaptation: config.Lora | str | None = "base") -> 
     preset = _open_preset(model)
     folder = preset.folder if preset else local_folder(model.name, _revision(model), weights=model.init == "weights")
     tokenizer = local_folder(model.tokenizer, key="model.tokenizer", weights=False) if model.tokenizer else folder
-    arch = load.read_arch(folder)
+    arch = read_arch(folder)
     files = None if model.init != "weights" else preset.files if preset else shards.open_folder(folder)
     adapter = peft.open_adapter(Path(model.adapter), arch) if model.adapter else None
     if adapter is not None:
@@ -130,5 +136,4 @@ def load_decoder(
     named = None if adapter is None else str(adapter)
     source = find(config.Model(name=str(name), tokenizer=tokenizer, dtype=dtype, adapter=named))
     loaded = materialise(source, mesh or make_mesh(devices=jax.devices()[:1]))
-    own = tokenizer is None and named is not None and (Path(named) / "tokenizer_config.json").is_file()
-    return loaded.decoder(), Path(named) if own else source.tokenizer
+    return loaded.decoder(), source.tokenizer if tokenizer else source.tokenizer_beside_adapter

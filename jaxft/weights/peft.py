@@ -73,10 +73,10 @@ def open_adapter(folder: Path, arch: Arch) -> AdapterFiles:
     found = {name: part for name, part in found.items() if _plain(name) == name or _plain(name) not in found}
     adapters = _pairs(config, found, arch, folder / WEIGHTS)
     modules = _modules(config, found, arch)
-    biases, tensors = set(), {}
+    biases, biased, tensors = set(), arch.biased_paths(), {}
     for name, part in found.items():
         path, _, leaf = name.replace(".base_layer.bias", ".bias").rpartition(".")
-        if leaf == "bias" and path not in modules and path in arch.linear_shapes() and arch.has_bias(path):
+        if leaf == "bias" and path not in modules and path in biased:
             biases.add(path)
             name = f"{path}.base_layer.bias" if path in adapters else f"{path}.bias"
         tensors[name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name] = part
@@ -151,8 +151,8 @@ def _by_pattern(config: Mapping[str, Any], key: str, patterns_key: str, kind: An
     """PEFT's rule: the first pattern that matches the end of the module path, else the adapter-wide value (8)."""
     patterns = config.get(patterns_key) or {}
     try:
-        matching = [p for p in patterns if re.match(rf"(.*\.)?({p})$", path)]
-        name, value = (patterns_key, patterns[matching[0]]) if matching else (key, config.get(key, 8))
+        pattern = lora.matching(patterns, path)
+        name, value = (key, config.get(key, 8)) if pattern is None else (patterns_key, patterns[pattern])
     except (re.error, TypeError, LookupError) as error:
         raise UserError(
             f"{file}: {patterns_key}: expected regular expressions and values, found {patterns!r}"

@@ -121,7 +121,9 @@ def main() -> None:
             touch_memory(4 * size)
             reading = read_seconds(Path(name))
             child = [sys.executable, "-m", "tests.benchmarks.loading", "--folder", name, "--dtype", asked.dtype]
-            said = subprocess.run(child, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, check=True)
+            said = subprocess.run(
+                child, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, check=True
+            )
             found = json.loads(said.stdout.splitlines()[-1])
             speed = reading / found["seconds"]
             print(json.dumps({"file_bytes": size, "read_seconds": reading, **found, "share_of_reading_speed": speed}))

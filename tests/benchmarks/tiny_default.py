@@ -42,7 +42,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     seeds = parser.parse_args().seeds
-    print("| seed | exact match, base | exact match, adapter (95 % interval) | 200 fresh problems | token accuracy | seconds |")
+    print(
+        "| seed | exact match, base | exact match, adapter (95 % interval) | 200 fresh problems | token accuracy | seconds |"
+    )
     print("|---|---|---|---|---|---|")
     for seed in seeds:
         with tempfile.TemporaryDirectory() as name:
@@ -62,7 +64,9 @@ def main() -> None:
             print("|", " | ".join(map(str, cells)), "|", flush=True)
     import jax
 
-    versions = f"Python {platform.python_version()}, jax {jax.__version__}, {os.cpu_count()} cores ({platform.machine()})"
+    versions = (
+        f"Python {platform.python_version()}, jax {jax.__version__}, {os.cpu_count()} cores ({platform.machine()})"
+    )
     print(f"\nMeasured {datetime.date.today()}, {versions}.")
 
 
