@@ -40,8 +40,9 @@ class Model:
     remat: Literal["auto", "none", "dots", "qkv", "full"] = "auto"
     """Activations kept for the backward pass: none recomputes nothing, dots keeps matmul outputs, qkv keeps the
     attention's, full keeps only layer inputs."""
-    attention: Literal["auto", "dense", "blocked"] = "auto"
-    """Attention kernel; auto is blocked on a CPU, dense elsewhere."""
+    attention: Literal["auto", "dense", "blocked", "splash", "cudnn", "tokamax"] = "auto"
+    """Attention kernel; auto is blocked on a CPU, splash on a TPU, and on a GPU in bfloat16 cudnn, or tokamax where
+    scores are capped and it is installed; dense (plain XLA) where these cannot compute the model."""
     quantize: Literal["none", "int8", "nf4", "int4"] = "none"
     """Storage of the frozen linear weights."""
 
@@ -210,6 +211,11 @@ class Run:
     """Newest checkpoints kept, beside the best."""
     usd_per_chip_hour: float | None = None
     """Price, for the report's cost."""
+    profile: tuple[int, ...] | None = None
+    """First and last step, both included, of a jax.profiler trace in the run folder's tensorboard/; TensorBoard shows
+    it with its profile plugin (pip install xprof)."""
+    compilation_cache: str | None = "~/.cache/jaxft/xla"
+    """Folder where compiled programs are kept for the next start; None keeps none."""
 
 
 @dataclass(frozen=True)
@@ -344,6 +350,9 @@ def _validate_together(config: Config) -> None:
                 raise UserError(f"lora.{key}: {pattern!r}: {value!r} is outside {low:g} to {high:g}")
     if lora is None and model.adapter:
         raise UserError("model.adapter: an adapter cannot be continued with lora None; give a lora section")
+    traced = config.run.profile
+    if traced is not None and not (len(traced) == 2 and 1 <= traced[0] <= traced[1]):
+        raise UserError(f"run.profile: expected two steps, first and last, counted from 1; found {traced!r}")
     for name in ("coordinator", "num_processes", "process_id"):
         if getattr(config.mesh, name) is not None:
             raise UserError(f"mesh.{name}: runs of several processes are not supported yet; use None")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jaxft
 from jaxft import command_line
+from jaxft.config import Run
 from jaxft.errors import UserError, run_verb
 
 
@@ -35,6 +36,8 @@ class Options:
     """none continues the text as it stands; plain and chat ask it as training with that template does."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Of weights and activations."""
+    compilation_cache: str | None = Run.compilation_cache
+    """Folder where compiled programs are kept for the next start; None keeps none."""
 
 
 def main(argv: list[str]) -> None:
@@ -44,7 +47,9 @@ def main(argv: list[str]) -> None:
     if options.max_new_tokens < 1 or options.temperature < 0:
         raise UserError("--max-new-tokens must be at least 1, and --temperature at least 0")
     from jaxft.evals.decode import complete
+    from jaxft.parallel.compilation import keep_compiled
 
+    keep_compiled(options.compilation_cache)
     model, tokenizer = jaxft.load(_base(options), options.dtype, options.adapter, options.tokenizer)
     asked = prompts if options.template == "none" else _rendered(tokenizer, prompts, options.template)
     settings = {"temperature": options.temperature, "seed": options.seed}

@@ -77,6 +77,11 @@ def _column(figures: dict[str, Any]) -> dict[str, str]:
         base, tuned = (scores.get(model, {}) for model in ("base", "tuned"))
         for metric in content.task_metrics(scores):
             column[f"{task} {metric}"] = f"{wording.share(base.get(metric))} -> {wording.share(tuned.get(metric))}"
+    logged = {
+        "tokens per second": (figures["median_tokens_per_second"], "{:,.0f}"),
+        "mfu": (figures["median_mfu"], "{:.1%}"),
+        "peak device memory": (figures["peak_device_memory_gib"], "{:.2f} GiB"),
+    }
     return column | {
         "eval_loss start -> best": f"{wording.nats(loss['start'])} -> {wording.nats(loss['best'])}",
         "eval_loss end": wording.nats(loss["end"]),
@@ -84,6 +89,7 @@ def _column(figures: dict[str, Any]) -> dict[str, str]:
         "train loss first -> last": f"{wording.nats(train['start'])} -> {wording.nats(train['end'])}",
         "overfitting flag": {True: "raised", False: "not raised"}.get(figures["overfitting"]["flag"], wording.UNKNOWN),
         "wall time": wording.clock(figures["wall_seconds"]),
+        **{name: form.format(value) for name, (value, form) in logged.items() if value is not None},
         "cost": "unknown (no price given)"
         if figures["usd_per_chip_hour"] is None
         else wording.usd(figures["cost_usd"]),

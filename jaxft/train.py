@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # JAX and the rest are imported where used: --help and a mist
     from jaxft.evals.tasks import Answerer
     from jaxft.learn.folder import RunFolder
     from jaxft.learn.loop import Loop, Stand
+    from jaxft.learn.recompute import Compiled
     from jaxft.learn.step import TrainState
     from jaxft.weights.checkpoint import Checkpoints
     from jaxft.weights.model import Loaded, Source
@@ -51,7 +53,7 @@ class Started:
     """A job with its arrays on the devices and its folder open."""
 
     loaded: Loaded
-    optimizer: optax.GradientTransformation
+    compiled: Compiled
     schedule: optax.Schedule
     state: TrainState
     stand: Stand | None  # None: from the beginning
@@ -62,12 +64,14 @@ class Started:
 def run(settings: config.Config) -> None:
     """One run, in the order in which things can be wrong: config, data, tokenizer, headers, weights, compile, train."""
     from jaxft.learn.folder import RunFolder
+    from jaxft.parallel.compilation import keep_compiled
 
     began = time.monotonic()
     folder = RunFolder(settings)
     if folder.finished:
         print(f"{folder.path}: this run has ended ({folder.results.get('ended')}); nothing to do")
         return
+    keep_compiled(settings.run.compilation_cache)
     job = prepare(settings)
     started = start(job, folder)
     if started.stand is None:
@@ -83,7 +87,7 @@ def prepare(settings: config.Config) -> Job:
     """Reads rows, headers and the tokenizer, and checks all of them. Raises UserError."""
     from jaxft.data import chat, dataset, rows
     from jaxft.evals import tasks
-    from jaxft.parallel.mesh import make_mesh
+    from jaxft.parallel.mesh import check_batch, make_mesh
     from jaxft.weights import model
 
     splits = rows.load(settings.data, settings.run.seed)
@@ -91,45 +95,39 @@ def prepare(settings: config.Config) -> Job:
     source = model.find(settings.model, settings.lora)
     tokenizer = chat.load_tokenizer(source.tokenizer)
     mesh = make_mesh(settings.mesh)
-    _check_batch(settings.optim, mesh)
+    check_batch(settings.optim, mesh)
     data = dataset.build(settings, splits, tokenizer, source.arch.vocab_size, source.arch.max_positions)
     total = data.train.total_steps(settings.optim.epochs)
     return Job(settings, source, tokenizer, mesh, data, min(total, settings.optim.max_steps or total))
 
 
-def _check_batch(optim: config.Optim, mesh: Mesh) -> None:
-    from jaxft.parallel.sharding import batch_ways
-
-    ways, micro = batch_ways(mesh), optim.micro_batch_size
-    if micro % ways:
-        raise UserError(
-            f"optim.batch_size: {optim.batch_size} in {optim.accumulation_steps} micro-batch(es) of {micro} does not split "
-            f"over data·fsdp={ways} devices; make the micro-batch a multiple of {ways}, or lower mesh.data and mesh.fsdp"
-        )
-
-
 def start(job: Job, folder: RunFolder) -> Started:
     """Reads the weights, opens the run folder, and restores its newest checkpoint where there is one."""
     from jaxft.evals.tasks import Answerer
-    from jaxft.learn import optim, step
+    from jaxft.learn import optim, recompute, step
     from jaxft.learn.loop import Stand
+    from jaxft.parallel.mesh import usable_bytes
     from jaxft.weights import model
     from jaxft.weights.checkpoint import Checkpoints
 
-    settings = job.config
+    settings, mesh = job.config, job.mesh
     _check_commit(folder.results, job.source, settings.model)
-    remat = _remat(settings.model.remat, job.mesh)
-    loaded = model.materialise(job.source, job.mesh, settings.run.seed, remat, settings.model.attention)
-    optimizer = optim.optimizer(settings.optim, job.steps, loaded.rows)
-    state, stand = step.initial_state(loaded, optimizer, job.mesh), None
-    folder.start(_facts(job, loaded, folder.results))
+    arguments = settings, job.source, mesh, job.steps, job.data.train.largest_batch, usable_bytes(mesh)
+    with ThreadPoolExecutor(1) as pool:  # compiling holds neither Python's lock nor the disk
+        compiling = pool.submit(recompute.compile_step, *arguments)
+        loaded = model.materialise(job.source, mesh, seed=settings.run.seed)
+        compiled = compiling.result()
+    loaded = replace(loaded, graphdef=compiled.outlined.graphdef)
+    state, stand = step.initial_state(loaded, compiled.optimizer, mesh), None
+    folder.start(_facts(job, loaded, compiled, folder.results))
     checkpoints = Checkpoints(folder.path / "checkpoints", settings.run.keep)
     if checkpoints.latest is not None:
         state, progress = checkpoints.restore(checkpoints.latest, state)
         stand = Stand(**progress)
     _banner(job, folder, checkpoints.latest)
+    print(compiled.said(), flush=True)
     answerer = Answerer(loaded.decoder(), job.tokenizer, job.data.template, settings.eval.max_new_tokens)
-    return Started(loaded, optimizer, optim.schedule(settings.optim, job.steps), state, stand, checkpoints, answerer)
+    return Started(loaded, compiled, optim.schedule(settings.optim, job.steps), state, stand, checkpoints, answerer)
 
 
 def _check_commit(results: dict[str, Any], source: Source, model: config.Model) -> None:
@@ -142,14 +140,7 @@ def _check_commit(results: dict[str, Any], source: Source, model: config.Model) 
         )
 
 
-def _remat(policy: str, mesh: Mesh) -> str:
-    """`auto`: nothing is recomputed on a CPU, where memory is plentiful and arithmetic is not; dots elsewhere."""
-    if policy != "auto":
-        return policy
-    return "none" if mesh.devices.flat[0].platform == "cpu" else "dots"
-
-
-def _facts(job: Job, loaded: Loaded, before: dict[str, Any]) -> dict[str, Any]:
+def _facts(job: Job, loaded: Loaded, compiled: Compiled, before: dict[str, Any]) -> dict[str, Any]:
     import flax
     import jax
 
@@ -172,6 +163,10 @@ def _facts(job: Job, loaded: Loaded, before: dict[str, Any]) -> dict[str, Any]:
             "adapter": adapter and {"rank": adapter.rank, "alpha": adapter.alpha, "dropout": adapter.dropout},
         },
         "data": job.data.facts,
+        "step": {
+            "attention": loaded.attention, "remat": compiled.policy, "device_bytes": compiled.bytes,
+            "compile_seconds": compiled.seconds,
+        },
         "steps": job.steps,
     }  # fmt: skip
 
@@ -222,13 +217,15 @@ def _train(job: Job, started: Started, folder: RunFolder, began: float) -> tuple
     from jaxft.learn.metrics import Metrics
 
     metrics = Metrics(folder.path, None if started.stand is None else int(started.state.step))
-    accumulation = job.config.optim.accumulation_steps
+    accumulation, compiled = job.config.optim.accumulation_steps, started.compiled
     parts = Parts(
         mesh=job.mesh,
         schedule=started.schedule,
         train=job.data.train,
         validation=job.data.validation,
-        train_step=step.make_train_step(started.loaded, started.optimizer, job.mesh, accumulation_steps=accumulation),
+        train_step=step.make_train_step(started.loaded, compiled.optimizer, job.mesh, accumulation_steps=accumulation),
+        compiled={job.data.train.largest_batch: compiled.executable},
+        flops_per_token=job.source.arch.flops_per_token(frozen=job.config.lora is not None),
         eval_step=step.make_eval_step(started.loaded, job.mesh),
         frozen=started.loaded.frozen,
         checkpoints=started.checkpoints,

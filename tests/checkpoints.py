@@ -140,10 +140,11 @@ def load(folder, lora="base", *, mesh=None, seed=0, remat="none", **model):
     """jaxft's own reading of a folder, in fp32 on one device unless told otherwise."""
     from jaxft import config
     from jaxft.parallel.mesh import make_mesh
-    from jaxft.weights.model import find, materialise
+    from jaxft.weights.model import find, materialise, outline
 
     source = find(config.Model(name=str(folder), **{"dtype": "float32", **model}), lora)
-    return materialise(source, mesh or make_mesh(devices=jax.devices()[:1]), seed, remat)
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    return materialise(source, mesh, outline(source, mesh, remat), seed=seed)
 
 
 def logits(loaded, ids):

@@ -1,6 +1,7 @@
 """The five published runs: their settings, their models' sizes, and each rehearsed on a tiny random model of its family."""
 
 import json
+import math
 import random
 
 import jax
@@ -69,6 +70,25 @@ def test_the_real_model_has_its_published_number_of_parameters(family):
     arch = arch_from_config(written)
     assert arch.family == family
     assert count_parameters(table(abstract(arch))) == (0, parameters)
+
+
+# GFLOP per token: the layers' linear modules (4 per weight), LoRA of rank 8 on all of them, the head where supervised.
+GFLOP = {
+    "gemma2": (33.3, 0.16, 3.7), "llama": (11.3, 0.07, 1.6), "qwen2": (5.2, 0.06, 0.9), "openelm": (11.8, 0.07, 0.4),
+    "gemma": (7.9, 0.06, 2.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_tokens_flops_are_those_of_its_weights(family):
+    arch = arch_from_config(MODELS[family][0])
+    ranks = dict.fromkeys(arch.linear_shapes(), 8)
+    found = arch.flops_per_token(frozen=True), arch.lora_flops_per_token(ranks), arch.head_flops_per_token(frozen=True)
+    assert [round(flops / 1e9, digits) for flops, digits in zip(found, (1, 2, 1))] == list(GFLOP[family])
+    assert arch.flops_per_token(frozen=False) == 1.5 * found[0]
+    assert arch.head_flops_per_token(frozen=False) == 1.5 * found[2]
+    in_layers = [row.shape for row in table(abstract(arch)) if row.path.startswith("stages.") and ".kernel" in row.path]
+    assert found[0] == 4 * sum(map(math.prod, in_layers))
 
 
 @pytest.mark.parametrize("size", openelm.PUBLISHED)

@@ -145,6 +145,31 @@ def test_cost_is_hours_times_chips_times_price_and_unknown_without_a_price(run, 
     assert "unknown (no price given)" in (free / "report.md").read_text()
 
 
+def test_speed_use_of_the_chips_and_memory_are_told_where_they_were_logged(run, tmp_path, undrawn):
+    figures = read(run)
+    assert figures["median_tokens_per_second"] == 50.0 and figures["median_mfu"] is None
+    assert "the peak of these devices is not known" in (run / "report.md").read_text()
+    logged = {"tokens_per_second_per_chip": 12.5, "seconds_per_step": 0.25, "data_wait": 0.01}
+    measured = [
+        r | logged | {"mfu": 0.5 + r["step"] / 1000, "device_memory_gib": r["step"] / 10} if "loss" in r else r
+        for r in lines()
+    ]
+    folder = finished(tmp_path / "measured", hostile="TPU7x", metrics=measured)
+    figures = report.write(folder)
+    assert figures["median_mfu"] == pytest.approx(0.5105)  # of twenty lines
+    assert (figures["peak_device_memory_gib"], figures["peak_host_memory_gib"]) == (2.0, None)
+    assert figures["chip_hours"] == 0.5 * 4 / 2  # a TPU7x is two devices
+    told = (folder / "report.md").read_text()
+    for said in (
+        "51.0 % of the chips' bfloat16 peak",
+        "2.00 GiB, of the fullest device",
+        "50, 12 per chip",
+        "0.25 (median)",
+    ):
+        assert said in told
+    assert "utilisation" not in told and "Peak device memory" not in told
+
+
 def test_the_overfitting_flag_follows_its_rule(run):
     from jaxft.reports.figures import overfitting
 

@@ -200,8 +200,8 @@ def test_rows_of_padding_give_no_nan(plain):
 
 
 def test_a_chunked_loss_equals_the_whole_one(folder, full_gradient, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 8 * 96 * 5)  # 16 positions in 4 chunks of 4
-    assert loss._chunks(16, 5) == 4
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 96 * 10)  # 28 supervised tokens of 128, in chunks of 10
+    monkeypatch.setattr(loss, "MIN_CHUNK", 1)
     found, metrics = Run(folder, None, optimizer=keeps_gradient()).gradient(batch())
     assert_same_metrics(metrics, full_gradient[1])
     assert_close(found, full_gradient[0])
@@ -285,7 +285,7 @@ def test_mesh_sizes_that_do_not_multiply_are_refused(sizes, shown):
         ({"num_key_value_heads": 1}, {"tensor": 2}, "k_proj: kv_heads of 1 does not split over tensor=2"),
         ({"num_key_value_heads": 4}, {"tensor": 8}, "layers.0.self_attn.q_proj: heads of 4 does not split over tensor=8"),
         ({"vocab_size": 97}, {"tensor": 2}, "model.embed_tokens.weight: vocab of 97 does not split over tensor=2"),
-        ({"intermediate_size": 49}, {"tensor": 2}, "_proj.weight: ffn of 49 does not split over tensor=2"),
+        ({"intermediate_size": 49}, {"tensor": 2}, ": ffn of 49 does not split over tensor=2"),
         ({"hidden_size": 36, "head_dim": 8}, {"fsdp": 8}, "embed of 36 does not split over fsdp=8; set mesh.fsdp to at most 4"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

@@ -18,7 +18,9 @@ SHORT = [
     "--model.init", "random", "--data.limit", "60", "--data.max_length", "96", "--optim.max_steps", "20",
     "--eval.every_steps", "5", "--run.log_every", "4", "--eval.tasks", "--eval.samples", "0",
 ]  # fmt: skip
-TIMES = {"tokens_per_second", "eval_seconds", "data_wait"}
+TIMES = {
+    "tokens_per_second", "tokens_per_second_per_chip", "seconds_per_step", "host_memory_gib", "eval_seconds", "data_wait",
+}  # fmt: skip
 
 
 def start(folder, *more):
@@ -28,7 +30,7 @@ def start(folder, *more):
 
 
 def lines(folder):
-    """metrics.jsonl without what a clock decides."""
+    """metrics.jsonl without what clock and machine decide."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
 
@@ -66,6 +68,8 @@ def test_a_run_folder_holds_what_is_promised(finished):
     wanted = {"step", "epoch", "loss", "mean_token_accuracy", "learning_rate", "grad_norm", "num_tokens"}
     assert [r["step"] for r in logged] == [4, 8, 12, 16, 20]
     assert all(wanted <= r.keys() for r in logged)
+    measured = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert all(r.keys() >= TIMES - {"eval_seconds"} and "mfu" not in r for r in measured if "loss" in r)  # on a CPU
     evaluated = [r for r in lines(finished) if "eval_loss" in r]
     assert [r["step"] for r in evaluated] == [0, 5, 10, 15, 20]
     assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"] - 0.5
@@ -76,23 +80,56 @@ def test_a_run_folder_holds_what_is_promised(finished):
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= adapter
 
 
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(finished, tmp_path, monkeypatch):
-    """Stopped between two checkpoints, after lines were logged that the resumed run logs again."""
+def stopping_at(step):
+    """A `Loop._train_once` that is interrupted after `step`."""
     once = Loop._train_once
 
-    def stop_at_13(self):
+    def train_once(self):
         once(self)
-        if self.step == 13:
+        if self.step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Loop, "_train_once", stop_at_13)
-    with pytest.raises(KeyboardInterrupt):
+    return train_once
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one_and_each_start_compiles_one_step(
+    finished, tmp_path, monkeypatch, capsys
+):
+    """Stopped between two checkpoints, after lines were logged that the resumed run logs again."""
+    begin, loops = Loop.__init__, []
+    monkeypatch.setattr(Loop, "__init__", lambda self, *arguments: loops.append(self) or begin(self, *arguments))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, "_train_once", stopping_at(13))
         start(tmp_path)
-    monkeypatch.setattr(Loop, "_train_once", once)
     start(tmp_path)
     weights = "adapter/adapter_model.safetensors"
     assert (tmp_path / weights).read_bytes() == (finished / weights).read_bytes()
     assert lines(tmp_path) == lines(finished)
+    assert [(loop.step, list(loop._steps)) for loop in loops] == [(13, [(8, 96)]), (20, [(8, 96)])]
+    assert all(
+        loop._steps == loop.parts.compiled for loop in loops
+    )  # compiled while the weights were read, and then no more
+    assert capsys.readouterr().out.count("compiled the training step for 8 × 96 in") == 2
+
+
+def traced(folder):
+    """The steps in each trace of a run folder, oldest first, by their annotation."""
+    files = sorted((folder / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb"))
+    planes = [jax.profiler.ProfileData.from_file(str(file)).planes for file in files]
+    events = [[e for plane in one for line in plane.lines for e in line.events if e.name == "train"] for one in planes]
+    return [sorted(dict(event.stats)["step_num"] for event in found) for found in events]
+
+
+def test_chosen_steps_are_traced_for_tensorboard_in_every_start_that_runs_them(tmp_path, monkeypatch, capsys):
+    ends = ["--run.profile", "7", "8", "--optim.max_steps", "9"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, "_train_once", stopping_at(7))
+        start(tmp_path, *ends)
+    assert "traced steps 7 to 7: " in capsys.readouterr().out
+    assert traced(tmp_path) == [[7]]
+    start(tmp_path, *ends)  # goes on from step 5
+    assert "traced steps 7 to 8: " in capsys.readouterr().out
+    assert traced(tmp_path) == [[7], [7, 8]]
 
 
 def test_eight_devices_log_the_losses_of_one(finished, tmp_path, monkeypatch):

@@ -126,6 +126,11 @@ class Loader:
             epoch += 1
         return epoch, step
 
+    @property
+    def largest_batch(self) -> tuple[int, int]:
+        """`[B,S]` of the longest batch; packed ones are all of it."""
+        return self.batch_size, self.lengths_padded[-1]
+
     def batch_at(self, step: int) -> Batch:
         """The batch of `step`, counted from 0 over all epochs; the last of an epoch may hold empty sequences."""
         epoch, step = self.locate(step)

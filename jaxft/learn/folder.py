@@ -12,8 +12,8 @@ from jaxft.errors import UserError
 
 # What may differ between two starts of one run: it changes neither the numbers trained on nor the order.
 FREE = (
-    "data.cache", "run.dir", "run.log_every", "run.keep", "run.usd_per_chip_hour",
-    "eval.tasks", "eval.limit", "eval.samples",
+    "data.cache", "run.dir", "run.log_every", "run.keep", "run.usd_per_chip_hour", "run.profile",
+    "run.compilation_cache", "eval.tasks", "eval.limit", "eval.samples",
 )  # fmt: skip
 FREE_SECTIONS = ("mesh",)
 

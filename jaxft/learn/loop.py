@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,8 +18,9 @@ from jaxft.config import Config
 from jaxft.data.loader import Batch, Loader, Prefetch
 from jaxft.errors import UserError
 from jaxft.learn.loss import Tally
-from jaxft.learn.metrics import Metrics, Progress
+from jaxft.learn.metrics import Metrics, Progress, memory, speed
 from jaxft.learn.step import TrainState
+from jaxft.learn.trace import Trace
 from jaxft.parallel.sharding import place
 from jaxft.weights.checkpoint import Checkpoints
 
@@ -53,6 +55,8 @@ class Parts:
     checkpoints: Checkpoints
     metrics: Metrics
     sampler: Sampler | None = None
+    flops_per_token: float | None = None  # of the layers' linear modules, for mfu
+    compiled: Mapping[tuple[int, ...], Any] = field(default_factory=dict)  # training steps, by the shape of the tokens
 
 
 class Loop:
@@ -68,8 +72,9 @@ class Loop:
         self._key = jax.random.key(config.run.seed)
         self._pending: list[dict[str, jax.Array]] = []
         self._tokens, self._since = 0, time.monotonic()
-        self._steps: dict[tuple[int, ...], Any] = {}
-        self._line = (self.stand.tokens, self.stand.seconds)  # at the last log line
+        self._steps: dict[tuple[int, ...], Any] = dict(parts.compiled)
+        self._line = (self.step, self.stand.tokens, self.stand.seconds)  # at the last log line
+        self._trace = Trace(Path(config.run.dir or "runs/run") / "tensorboard", config.run.profile, self.progress.say)
 
     def run(self) -> str:
         """Trains; returns why it ended. State, step and stand are then those of the last step."""
@@ -95,6 +100,7 @@ class Loop:
                     self._evaluate_and_save()
         finally:
             self._batches.close()
+            self._trace.close(self.step)
         return reason
 
     def wall_seconds(self) -> float:
@@ -122,10 +128,13 @@ class Loop:
     def _train_once(self) -> None:
         batch, tokens = self._batches.next()
         step = self._compiled(batch)
-        self.state, sums = step(self.state, self.parts.frozen, batch, self._key)
+        self._since += self._trace.begin(self.step + 1, self._pending[-1:])  # tracing is not training
+        with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
+            self.state, sums = step(self.state, self.parts.frozen, batch, self._key)
         self._pending.append(sums)
         self._tokens += tokens
         self.step += 1
+        self._since += self._trace.end(self.step, sums)
         self.progress.advance(self.step)
 
     def _collect(self) -> dict[str, Any]:
@@ -146,9 +155,11 @@ class Loop:
 
     def _log(self) -> None:
         last, waited = self._collect(), self._batches.waited
-        tokens, seconds = self.stand.tokens - self._line[0], max(self.stand.seconds - self._line[1], 1e-9)
-        self._line, self._batches.waited = (self.stand.tokens, self.stand.seconds), 0.0
+        line = self.step, self.stand.tokens, self.stand.seconds
+        steps, tokens, seconds = (now - before for now, before in zip(line, self._line))
+        self._line, self._batches.waited = line, 0.0
         nll, correct, weight = self.stand.sums
+        devices = self.parts.mesh.devices.flatten()
         self.stand.sums = [0.0, 0.0, 0.0]
         record = {
             "step": self.step,
@@ -158,8 +169,9 @@ class Loop:
             "learning_rate": float(self.parts.schedule(self.step - 1)),
             "grad_norm": float(last["grad_norm"]),
             "num_tokens": self.stand.tokens,
-            "tokens_per_second": tokens / seconds,
-            "data_wait": waited / seconds,
+            **speed(steps, tokens, max(seconds, 1e-9), devices, self.parts.flops_per_token),
+            "data_wait": waited / max(seconds, 1e-9),
+            **memory(self.parts.mesh.local_devices),
         }
         self.parts.metrics.write(record)
         self.progress.show(record)

@@ -1,15 +1,20 @@
-"""Cross-entropy and token accuracy in one pass over chunks of positions, so that no `[B,S,V]` array need exist."""
+"""Cross-entropy and token accuracy in one pass over chunks of supervised tokens, with the gradient formed on the way."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxft.models.decoder import Decoder
+from jaxft.models.lora import Trainable
+from jaxft.models.vocabulary import ROWS, vocabulary_split
 
-CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in float32
+CHUNK_ELEMENTS = 1 << 25  # logits that a device holds at once: 128 MiB in float32
+MIN_CHUNK = 512  # tokens; with fewer, reading the head takes longer than computing with it
 
 
 class Tally(NamedTuple):
@@ -23,35 +28,176 @@ class Tally(NamedTuple):
         return Tally(*(a + b for a, b in zip(self, other)))
 
 
+class _Head(NamedTuple):
+    """What is known of the output matrix when compiling."""
+
+    cap: float | None
+    trained: bool
+    split: tuple[str, ...]  # mesh axes over which its rows lie
+    mesh: Mesh | None
+
+
+class _Sums(NamedTuple):
+    """A pass's result; the gradients are of the sum of nll, None where not asked for."""
+
+    tally: Tally
+    hidden: jax.Array | None
+    head: jax.Array | None
+
+
 def tally(model: Decoder, h: jax.Array, targets: jax.Array, weights: jax.Array) -> Tally:
     """Loss and accuracy sums of hidden `[B,S,D]` against int32 targets `[B,S]` under float32 weights `[B,S]`.
 
-    Logits are formed `[B,chunk,V]` at a time and formed again in the backward pass.
+    Tokens of weight 0 cost nothing. The gradient with respect to h, and to the head where it is trained, is formed while a
+    chunk's logits are there, so no logits are kept or formed again. Of equal largest logits the first counts as predicted.
     """
-    (B, S, _), V = h.shape, model.arch.vocab_size
-    chunks = _chunks(S, max(1, CHUNK_ELEMENTS // (B * V)))
-    if chunks == 1:
-        return _tally(model, h, targets, weights)
+    split = vocabulary_split(model.arch.vocab_size, model.mesh)
+    mesh = model.mesh if split else None
+    variable = model.embed if model.head is None else model.head
+    head = _Head(model.arch.logit_cap, isinstance(variable, Trainable), split, mesh)
+    return _tally(head, variable[...], h, targets, weights)
 
-    def cut(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(B, chunks, S // chunks, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def one(total: Tally, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Tally, None]:
-        return total + _tally(model, *part), None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tally(head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array) -> Tally:
+    return _pass(head, head_VD, h, targets, weights, gradients=False).tally
+
+
+def _forward(head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+    sums = _pass(head, head_VD, h, targets, weights, gradients=True)
+    return sums.tally, (sums.hidden, sums.head)
+
+
+def _backward(head: _Head, gradients: tuple[jax.Array, jax.Array | None], given: Tally) -> tuple[Any, ...]:
+    of_h, of_head = gradients
+    return (
+        None if of_head is None else of_head * given.nll, of_h * given.nll.astype(of_h.dtype), None, None,
+    )  # fmt: skip
+
+
+_tally.defvjp(_forward, _backward)
+
+
+def _pass(
+    head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool
+) -> _Sums:
+    local = functools.partial(_local, head, gradients=gradients)
+    if head.mesh is None:
+        return local(head_VD, h, targets, weights)
+    rows, table = PartitionSpec(ROWS), PartitionSpec(head.split)
+    out = _Sums(PartitionSpec(), rows if gradients else None, table if gradients and head.trained else None)
+    spread = jax.shard_map(
+        local, mesh=head.mesh, in_specs=(table, rows, rows, rows), out_specs=out, check_vma=False
+    )  # fmt: skip
+    return spread(head_VD, h, targets, weights)
+
+
+def _local(
+    head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool
+) -> _Sums:
+    """One device's share. Its rows are shared with the fsdp group where that holds other parts of the vocabulary."""
+    (B, S, D), V = h.shape, head_VD.shape[0]
+    shared = tuple(axis for axis in head.split if axis in ROWS)
+    ways = head.mesh.shape["fsdp"] if shared else 1
+    chunk = _chunk_size(B * S, max(1, MIN_CHUNK // ways, CHUNK_ELEMENTS // (V * ways)))
+    supervised = weights.reshape(-1) > 0
+    order = _supervised_first(supervised, chunk)
+    needed = _over(head, jax.lax.pmax, jnp.sum(supervised.astype(jnp.int32)))
+    flat = h.reshape(-1, D), targets.reshape(-1), weights.reshape(-1)
+
+    def compute(total: _Sums, indices: jax.Array) -> _Sums:
+        # Indices beyond the end, which fill the last chunk, read zeros and write nothing.
+        rows = [x.at[indices].get(mode="fill", fill_value=0) for x in flat]
+        sums = _chunk(head, head_VD, *rows, gradients=gradients)
+        placed = None if sums.hidden is None else total.hidden.at[indices].set(sums.hidden, mode="drop")
+        added = jax.tree.map(jnp.add, (total.tally, total.head), (sums.tally, sums.head))
+        return _Sums(added[0], placed, added[1])
+
+    def one(total: _Sums, step: tuple[jax.Array, jax.Array]) -> tuple[_Sums, None]:
+        first, indices = step
+        return jax.lax.cond(first < needed, compute, lambda total, indices: total, total, indices), None
 
     zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(one, Tally(zero, zero, zero), (cut(h), cut(targets), cut(weights)))[0]
+    start = _Sums(
+        Tally(zero, zero, zero),
+        jnp.zeros((B * S, D), h.dtype) if gradients else None,
+        jnp.zeros((V, D), jnp.float32) if gradients and head.trained else None,
+    )
+    firsts = jnp.arange(0, order.size, chunk, dtype=jnp.int32)
+    sums, _ = jax.lax.scan(one, start, (firsts, order.reshape(-1, chunk)))
+    if head.mesh is not None:
+        apart = tuple(axis for axis in ROWS if axis not in shared)
+        sums = sums._replace(**jax.tree.map(lambda x: jax.lax.psum(x, apart), {"tally": sums.tally, "head": sums.head}))
+    return _Sums(
+        sums.tally,
+        None if sums.hidden is None else sums.hidden.reshape(B, S, D),
+        None if sums.head is None else sums.head.astype(head_VD.dtype),
+    )
 
 
-def _tally(model: Decoder, h: jax.Array, targets: jax.Array, weights: jax.Array) -> Tally:
-    logits = model.logits(h)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-    right = (jnp.argmax(logits, axis=-1).astype(jnp.int32) == targets).astype(jnp.float32)
-    return Tally(jnp.sum(nll * weights), jnp.sum(right * weights), jnp.sum(weights))
+def _over(head: _Head, reduce: Any, x: jax.Array) -> jax.Array:
+    return x if head.mesh is None else reduce(x, head.mesh.axis_names)
 
 
-def _chunks(positions: int, largest: int) -> int:
-    """The fewest equal chunks of at most `largest` positions."""
-    return next(n for n in range(1, positions + 1) if positions % n == 0 and positions // n <= largest)
+def _chunk_size(tokens: int, largest: int) -> int:
+    """Tokens per chunk: equal chunks, as few as `largest` allows, in multiples of 128 where there are several."""
+    if tokens <= largest:
+        return tokens
+    chunks = -(-tokens // largest)
+    return min(-(-tokens // (chunks * 128)) * 128, largest)
+
+
+def _supervised_first(supervised: jax.Array, chunk: int) -> jax.Array:
+    """Indices of `[T]` tokens, supervised ones first, padded to whole chunks with indices beyond the end."""
+    T = supervised.size
+    rank, index = jnp.cumsum(supervised.astype(jnp.int32)), jnp.arange(T, dtype=jnp.int32)
+    place = jnp.where(supervised, rank - 1, rank[-1] + index - rank)
+    padded = -(-T // chunk) * chunk
+    return jnp.arange(padded, dtype=jnp.int32).at[place].set(index)
+
+
+def _chunk(
+    head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool
+) -> _Sums:
+    """Sums and gradients of `[T]` tokens with hidden `[T,D]`; logits `[T,V]` live here only, in float32."""
+    shared = tuple(axis for axis in head.split if axis in ROWS)
+    if shared:
+        h, targets, weights = (jax.lax.all_gather(x, shared, axis=0, tiled=True) for x in (h, targets, weights))
+    kernel = head_VD.astype(h.dtype)
+    raw = jnp.einsum("TD,VD->TV", h, kernel, preferred_element_type=jnp.float32)
+    bent = None if head.cap is None else jnp.tanh(raw / head.cap)
+    logits = raw if bent is None else head.cap * bent
+    columns = jnp.arange(logits.shape[1], dtype=jnp.int32) + _first_row(head, logits.shape[1])
+    is_target = columns[None, :] == targets[:, None]
+    chosen = _sum(head, jnp.sum(jnp.where(is_target, logits, 0.0), axis=1))
+    top = jnp.max(logits, axis=1)
+    top = jax.lax.pmax(top, head.split) if head.split else top
+    exp = jnp.exp(logits - top[:, None])
+    total = _sum(head, jnp.sum(exp, axis=1))
+    # The argmax without its index: nothing is larger than the target's logit, and nothing before it as large.
+    beaten = (logits > chosen[:, None]) | ((logits == chosen[:, None]) & (columns[None, :] < targets[:, None]))
+    right = (_sum(head, jnp.sum(beaten.astype(jnp.float32), axis=1)) == 0).astype(jnp.float32)
+    nll = jnp.log(total) + top - chosen
+    sums = Tally(jnp.sum(nll * weights), jnp.sum(right * weights), jnp.sum(weights))
+    if not gradients:
+        return _Sums(sums, None, None)
+    of_logits = (exp / total[:, None] - is_target.astype(jnp.float32)) * weights[:, None]
+    if bent is not None:
+        of_logits = of_logits * (1 - jnp.square(bent))
+    of_logits = of_logits.astype(h.dtype)
+    of_h = jnp.einsum("TV,VD->TD", of_logits, kernel, preferred_element_type=jnp.float32)
+    if shared:
+        of_h = jax.lax.psum_scatter(of_h, shared, scatter_dimension=0, tiled=True)
+    if "tensor" in head.split:
+        of_h = jax.lax.psum(of_h, "tensor")
+    of_head = jnp.einsum("TV,TD->VD", of_logits, h, preferred_element_type=jnp.float32) if head.trained else None
+    return _Sums(sums, of_h.astype(h.dtype), of_head)
+
+
+def _first_row(head: _Head, rows: int) -> Any:
+    """The vocabulary's index of this device's first row."""
+    return jax.lax.axis_index(head.split) * rows if head.split else 0
+
+
+def _sum(head: _Head, x: jax.Array) -> jax.Array:
+    return jax.lax.psum(x, head.split) if head.split else x

@@ -6,10 +6,12 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from jaxft import chips
 from jaxft.errors import UserError
 
 
@@ -63,8 +65,51 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
+def speed(
+    steps: int, tokens: int, seconds: float, devices: Sequence[Any], flops_per_token: float | None
+) -> dict[str, float]:
+    """What `steps` steps over `tokens` real tokens in `seconds` come to, on `devices` of one kind.
+
+    `mfu` is the share of the chips' peak that `flops_per_token` for each real token makes: padding, attention, the head and
+    what is recomputed count as nothing. It is left out where the peak is not known, as on a CPU.
+    """
+    chip = chips.of_device(devices[0].device_kind)
+    rate = tokens / seconds
+    found = {
+        "tokens_per_second": rate,
+        "tokens_per_second_per_chip": rate * (chip.devices if chip else 1) / len(devices),
+        "seconds_per_step": seconds / steps,
+    }
+    if chip and chip.flops and flops_per_token:
+        found["mfu"] = flops_per_token * rate / (len(devices) * chip.flops)
+    return found
+
+
+def memory(devices: Sequence[Any]) -> dict[str, float]:
+    """The most memory in use so far, in GiB: of the fullest device, or of the process where devices do not tell (a CPU's)."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+    if peaks and None not in peaks:
+        return {"device_memory_gib": max(peaks) / chips.GIB}
+    peak = _peak_resident_bytes()
+    return {} if peak is None else {"host_memory_gib": peak / chips.GIB}
+
+
+def _peak_resident_bytes() -> int | None:
+    """Of this process; getrusage only where there is no /proc, since on Linux it starts from the parent's peak."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Progress:
-    """A bar with loss, accuracy, tokens/s and time left in a terminal; a plain line per logged step elsewhere."""
+    """A bar with loss, accuracy, tokens/s, mfu and time left in a terminal; a plain line per logged step elsewhere."""
 
     def __init__(self, total_steps: int, done: int = 0):
         self._total, self._done, self._started = total_steps, done, time.monotonic()
@@ -95,8 +140,8 @@ class Progress:
 
     def show(self, record: dict[str, Any]) -> None:
         """The figures of a logged step: beside the bar, or as a line."""
-        shown = [c for c in COLUMNS if c[1] in record and (not self._bar or c[1] in NARROW)]
-        figures = "  ".join(f"{name} {record[key]:{form}}" for name, key, form in shown)
+        columns = NARROW if self._bar else COLUMNS
+        figures = "  ".join(f"{name} {record[key]:{form}}" for name, key, form in columns if key in record)
         if self._bar:
             self._bar.update(self._bar.task_ids[0], figures=figures)
         else:
@@ -116,9 +161,12 @@ class Progress:
 
 COLUMNS = (
     ("loss", "loss", ".4f"), ("accuracy", "mean_token_accuracy", ".3f"), ("lr", "learning_rate", ".2e"),
-    ("grad", "grad_norm", ".2f"), ("tokens/s", "tokens_per_second", ",.0f"),
+    ("grad", "grad_norm", ".2f"), ("tokens/s", "tokens_per_second", ",.0f"), ("mfu", "mfu", ".1%"),
 )  # fmt: skip
-NARROW = ("loss", "mean_token_accuracy", "tokens_per_second")  # beside a bar in 80 columns
+NARROW = (  # beside a bar in 80 columns
+    ("loss", "loss", ".4f"), ("acc", "mean_token_accuracy", ".3f"), ("tok/s", "tokens_per_second", ",.0f"),
+    ("mfu", "mfu", ".0%"),
+)  # fmt: skip
 
 
 def _rich_bar(total: int, done: int) -> Any:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from jaxft.data import loader
 from jaxft.learn.loss import Tally, tally
 from jaxft.models import decoder
-from jaxft.parallel.sharding import constrain, replicated
+from jaxft.parallel.sharding import constrain, replicated, spec
 from jaxft.weights.model import Loaded
 
 Batch = dict[str, jax.Array]  # tokens, targets, positions, segments int32 and weights float32, each [B,S]
@@ -24,6 +26,20 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32 scalar: updates done
     trainable: dict[str, jax.Array]
     optimizer: Any
+
+
+def abstract_inputs(
+    outlined: Loaded, optimizer: optax.GradientTransformation, mesh: Mesh, shape: tuple[int, int]
+) -> tuple[TrainState, dict[str, Any], Batch, jax.Array]:
+    """What a training step takes, as shapes, dtypes and shardings: state, frozen, a batch of `[B,S]` = `shape`, key."""
+    placed = state_sharding(outlined, optimizer, mesh)
+    moments = jax.eval_shape(optimizer.init, outlined.trainable)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), outlined.trainable, moments)
+    state = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, placed)
+    rows = NamedSharding(mesh, spec(("batch", None), mesh, shape))
+    dtypes = {f.name: jnp.float32 if f.name == "weights" else jnp.int32 for f in dataclasses.fields(loader.Batch)}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in dtypes.items()}
+    return state, outlined.frozen, batch, jax.eval_shape(lambda: jax.random.key(0))
 
 
 def initial_state(loaded: Loaded, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

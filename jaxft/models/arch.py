@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -137,6 +137,23 @@ class Arch:
         """Hub paths of the linear modules that have a bias."""
         linears = ((i, name) for i in range(len(self.layers)) for name in self.linears)
         return frozenset(self.module_path(i, name) for i, name in linears if getattr(self.layers[i], BIASES[name]))
+
+    def flops_per_token(self, *, frozen: bool) -> int:
+        """Training FLOPs of a token in the layers' linear modules: 4 per weight where they are frozen, else 6.
+
+        Two are forward's, two the activations' gradient, two the weights'. Attention's scores, norms, the adapter and what
+        is recomputed are left out, as is the head, which sees supervised tokens only. This is the convention of `mfu`.
+        """
+        return (4 if frozen else 6) * sum(width * out for width, out in self.linear_shapes().values())
+
+    def lora_flops_per_token(self, ranks: Mapping[str, int]) -> int:
+        """Training FLOPs of a token in the adapter: 6 per weight, of `a` `[in, rank]` and `b` `[rank, out]`, by Hub path."""
+        shapes = self.linear_shapes()
+        return 6 * sum(rank * sum(shapes[path]) for path, rank in ranks.items())
+
+    def head_flops_per_token(self, *, frozen: bool) -> int:
+        """Training FLOPs of a supervised token in the head `[D, V]`."""
+        return (4 if frozen else 6) * self.dim * self.vocab_size
 
     def module_paths(self) -> list[str]:
         """Hub paths of every module that holds weights, in order."""

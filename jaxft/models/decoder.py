@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 
 from jaxft.models import ops
 from jaxft.models.arch import BIASES, NORMS, Arch, LayerSpec, stages
-from jaxft.models.attention import KERNELS, Places
-from jaxft.models.lora import Adaptation, Linear, Trainable, base
+from jaxft.models.attention import KERNELS, SAVED, Places
+from jaxft.models.lora import Adaptation, Linear, Trainable, base, gathered_pairs, read
+from jaxft.models.vocabulary import look_up, table_axes
 from jaxft.parallel.sharding import check_split, constrain
 
 LINEAR_AXES = {
@@ -26,7 +27,9 @@ LINEAR_AXES = {
     "gate_up_proj": ("embed", "ffn"), "down_proj": ("ffn", "embed"),
 }  # fmt: skip
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj")
+OUT, DOWN = ("o_proj",), ("down_proj",)
 HIDDEN_AXES = ("batch", None, None)
+SITES = 4  # of dropout in a layer: the inputs of q, k, v; of o; of gate and up; of down
 
 
 class Context(NamedTuple):
@@ -34,6 +37,7 @@ class Context(NamedTuple):
 
     places: Places
     start: jax.Array | None  # first cache slot to write, int32 scalar; None without a cache
+    mesh: Mesh | None
 
 
 class Cache(NamedTuple):
@@ -75,16 +79,19 @@ class Block(nnx.Module):
             bias = getattr(spec, BIASES[name])
             setattr(self, name, Linear(paths, shape, LINEAR_AXES[name], plan, bias=bias, dtype=dtype))
 
-    def __call__(self, h: jax.Array, context: Context, cache: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
-        """h `[B,S,D]` -> h, and the cache `(keys, values)`, each `[B,T,K,H]`, with this call's written in."""
-        mixed, cache = self._attend(self.input_norm(h), context, cache, key)
-        h = h + self.attention_norm(self.o_proj(mixed, _dropped(mixed, key, 1, self.o_proj)))
-        inner = self._gated(self.mlp_norm(h), key)
-        return h + self.mlp_output_norm(self.down_proj(inner, _dropped(inner, key, 3, self.down_proj))), cache
+    def __call__(self, h: jax.Array, context: Context, cache: Any, seeds: jax.Array | None) -> tuple[jax.Array, Any]:
+        """h `[B,S,D]` -> h, and the cache `(keys, values)`, each `[B,T,K,H]`, with this call's written in.
 
-    def _attend(self, x: jax.Array, context: Context, cache: Any, key: jax.Array | None) -> tuple[jax.Array, Any]:
+        `seeds` uint32 `[SITES,2]` turn dropout on.
+        """
+        mixed, cache = self._attend(self.input_norm(h), context, cache, seeds)
+        h = h + self.attention_norm(*self._read(mixed, seeds, 1, OUT))
+        inner = self._gated(self.mlp_norm(h), seeds)
+        return h + self.mlp_output_norm(*self._read(inner, seeds, 3, DOWN)), cache
+
+    def _attend(self, x: jax.Array, context: Context, cache: Any, seeds: jax.Array | None) -> tuple[jax.Array, Any]:
         spec, places, (B, S, _) = self.spec, context.places, x.shape
-        q, k, v = self._qkv(x, key)
+        q, k, v = self._qkv(x, seeds)
         frequencies = ops.rope_frequencies(self.arch.rope, spec.head_dim)
         q, k = (ops.rotate(t, places.q_positions, frequencies) for t in (self.q_norm(q), self.k_norm(k)))
         q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
@@ -95,42 +102,35 @@ class Block(nnx.Module):
         # The other kernels want keys in order, which a cache does not promise.
         kernel = KERNELS["dense" if cache is not None else self.kernel]
         scale = spec.head_dim**-0.5 if self.arch.query_scale is None else self.arch.query_scale
-        mixed = kernel(q, k, v, places, scale=scale, window=spec.window, cap=self.arch.attention_cap)
-        return checkpoint_name(mixed, "attention").reshape(B, S, spec.heads * spec.head_dim), cache
+        settings = {"scale": scale, "window": spec.window, "cap": self.arch.attention_cap, "mesh": context.mesh}
+        mixed = kernel(q, k, v, places, **settings)
+        return mixed.reshape(B, S, spec.heads * spec.head_dim), cache
 
-    def _qkv(self, x: jax.Array, key: jax.Array | None) -> list[jax.Array]:
+    def _qkv(self, x: jax.Array, seeds: jax.Array | None) -> list[jax.Array]:
         """Queries `[B,S,N,H]`, keys and values `[B,S,K,H]`, from one fused projection or three."""
         heads = (self.spec.heads, self.spec.kv_heads, self.spec.kv_heads)
-        parts = self._read(x, key, 0, [name for name in self.arch.linears if name in QKV])
+        parts = self._read(x, seeds, 0, QKV)
         if len(parts) == 1:
             ends = [self.spec.head_dim * sum(heads[: i + 1]) for i in range(2)]
             parts = jnp.split(parts[0], ends, axis=-1)
         return [part.reshape(*x.shape[:2], n, self.spec.head_dim) for part, n in zip(parts, heads)]
 
-    def _gated(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def _gated(self, x: jax.Array, seeds: jax.Array | None) -> jax.Array:
         """activation(gate) · up, `[B,S,F]`, from one fused projection or two."""
-        parts = self._read(x, key, 2, [name for name in self.arch.linears if name in GATE_UP])
+        parts = self._read(x, seeds, 2, GATE_UP)
         gate, up = parts if len(parts) == 2 else jnp.split(parts[0], 2, axis=-1)
         return ops.ACTIVATIONS[self.arch.activation](gate) * up
 
-    def _read(self, x: jax.Array, key: jax.Array | None, site: int, names: list[str]) -> list[jax.Array]:
-        """What the named linears make of x, under one dropout mask."""
-        readers = [getattr(self, name) for name in names]
-        dropped = _dropped(x, key, site, *readers)
-        return [reader(x, dropped) for reader in readers]
+    def _read(self, x: jax.Array, seeds: jax.Array | None, site: int, names: tuple[str, ...]) -> list[jax.Array]:
+        """What those of the named linears that the family has make of x; `site` counts the inputs of a layer's linears."""
+        readers = [getattr(self, name) for name in names if name in self.arch.linears]
+        made = read(readers, x, None if seeds is None else seeds[site])
+        return [checkpoint_name(part, "narrow" if names in (OUT, DOWN) else "wide") for part in made]
 
 
 def _unchanged(x: jax.Array) -> jax.Array:
     """Stands where a family has no norm."""
     return x
-
-
-def _dropped(x: jax.Array, key: jax.Array | None, site: int, *readers: Linear) -> jax.Array | None:
-    """x after the adapters' dropout, one mask for all its readers; None outside training or without an adapter."""
-    rate = max((r.adapter.dropout for r in readers if r.adapter is not None), default=0.0)
-    if key is None or rate == 0:
-        return None
-    return ops.dropout(x, rate, jax.random.fold_in(key, site))
 
 
 class Stage(nnx.Module):
@@ -143,37 +143,40 @@ class Stage(nnx.Module):
         self.blocks = nnx.List([Block(arch, indices, plan, dtype, kernel) for indices in layers])
 
     def __call__(
-        self, h: jax.Array, context: Context, cache: Any, key: jax.Array | None, remat: str, mesh: Mesh | None
+        self, h: jax.Array, context: Context, cache: Any, seeds: jax.Array | None, remat: str, mesh: Mesh | None
     ) -> tuple[jax.Array, Any]:
+        """`seeds` are uint32 `[all layers,SITES,2]`."""
         graphdef, stacked = nnx.split(self.blocks)
-        indices = self.first + jnp.arange(self.repeats * self.period, dtype=jnp.int32).reshape(
-            self.repeats, self.period
-        )
+        stacked = gathered_pairs(stacked, h.dtype, mesh)
+        if seeds is not None:
+            own = seeds[self.first : self.first + self.repeats * self.period]
+            seeds = own.reshape(self.repeats, self.period, *seeds.shape[1:])
 
         def body(h: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            state, index, kv = layer
+            state, drawn, kv = layer
             written = []
             for p, block in enumerate(nnx.merge(graphdef, state)):
-                layer_key = None if key is None else jax.random.fold_in(key, index[p])
-                h, new = block(h, context, None if kv is None else kv[p], layer_key)
+                h, new = block(h, context, None if kv is None else kv[p], None if drawn is None else drawn[p])
                 h = constrain(h, HIDDEN_AXES, mesh)
                 written.append(new)
             return h, (None if kv is None else tuple(written))
 
-        return jax.lax.scan(_remat(body, remat), h, (stacked, indices, cache))
+        return jax.lax.scan(_remat(body, remat), h, (stacked, seeds, cache))
+
+
+# What a policy keeps for the backward pass; the rest is computed again. Norms, rope and activations always are: of matmuls,
+# dots repeats none, qkv the gated layer's first two, full all.
+KEPT = {
+    "dots": ("wide", "narrow", "low", SAVED),
+    "qkv": ("qkv", "narrow", "low", SAVED),
+    "full": (),
+}
 
 
 def _remat(body: Any, policy: str) -> Any:
-    policies = jax.checkpoint_policies
     if policy == "none":
         return body
-    kept = {
-        "dots": policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention")
-        ),
-        "qkv": policies.save_only_these_names("qkv", "attention"),
-        "full": policies.nothing_saveable,
-    }[policy]
+    kept = jax.checkpoint_policies.save_only_these_names(*KEPT[policy])
     # Inside a scan nothing can be merged across the boundary, so the barrier that prevents it would only cost.
     return jax.checkpoint(body, policy=kept, prevent_cse=False)
 
@@ -196,7 +199,7 @@ class Decoder(nnx.Module):
         _check_heads(arch, mesh)
         names, shape = arch.names, (arch.vocab_size, arch.dim)
         also = (names.head,) if plan.keeps_tied else ()
-        self.embed = base(plan, (names.embed,), shape, ("vocab", "embed"), dtype, also=also)
+        self.embed = base(plan, (names.embed,), shape, table_axes(arch.vocab_size, mesh), dtype, also=also)
         cuts = stages([self._record(i, plan) for i in range(len(arch.layers))])
         self.stages = nnx.List([Stage(arch, cut, plan, dtype, attention) for cut in cuts])
         self.norm = Norm((names.norm,), (arch.dim,), plan, arch, dtype)
@@ -211,7 +214,8 @@ class Decoder(nnx.Module):
         if arch.tied_head and not plan.parts(arch):
             return None
         stored = (names.embed,) if arch.tied_head else None
-        return base(plan, (names.head,), (arch.vocab_size, arch.dim), ("vocab", "embed"), dtype, stored=stored)
+        axes = table_axes(arch.vocab_size, self.mesh)
+        return base(plan, (names.head,), (arch.vocab_size, arch.dim), axes, dtype, stored=stored)
 
     def _record(self, layer: int, plan: Adaptation) -> tuple[LayerSpec, tuple[Any, ...]]:
         """What must be equal for two layers to be stacked: shapes, and what is trained module by module."""
@@ -241,22 +245,21 @@ class Decoder(nnx.Module):
 
         `key` turns adapter dropout on. With a cache, `cache.used + S` must not exceed its T slots.
         """
-        # Gathered over fsdp before the look-up: otherwise the partitioner replicates the rows looked up to reshard them.
-        table_VD = constrain(self.embed[...].astype(self.dtype), ("vocab", None), self.mesh)
-        h = constrain(table_VD[tokens], HIDDEN_AXES, self.mesh)
+        h = constrain(look_up(self.embed[...].astype(self.dtype), tokens, self.mesh), HIDDEN_AXES, self.mesh)
         if self.arch.embed_scale is not None:
             h = h * jnp.asarray(
                 self.arch.embed_scale, h.dtype
             )  # rounded to the weights' dtype, as transformers rounds it
         if cache is None:
             places = Places(positions, positions, segments, segments)
-            context, layers = Context(places, None), [None] * len(self.stages)
+            context, layers = Context(places, None, self.mesh), [None] * len(self.stages)
         else:
-            cache, context = _extend(cache, positions, segments)
+            cache, context = _extend(cache, positions, segments, self.mesh)
             layers = cache.layers
+        seeds = None if key is None else jax.random.bits(key, (len(self.arch.layers), SITES, 2), jnp.uint32)
         written = []
         for stage, kv in zip(self.stages, layers):
-            h, new = stage(h, context, kv, key, self.remat, self.mesh)
+            h, new = stage(h, context, kv, seeds, self.remat, self.mesh)
             written.append(new)
         return self.norm(h), (None if cache is None else cache._replace(layers=tuple(written)))
 
@@ -290,11 +293,11 @@ def _check_heads(arch: Arch, mesh: Mesh | None) -> None:
         check_split(mesh, "kv_heads", layer.kv_heads, arch.module_path(i, "qkv_proj" if fused else "k_proj"))
 
 
-def _extend(cache: Cache, positions: jax.Array, segments: jax.Array) -> tuple[Cache, Context]:
+def _extend(cache: Cache, positions: jax.Array, segments: jax.Array, mesh: Mesh | None) -> tuple[Cache, Context]:
     at = (jnp.zeros((), jnp.int32), cache.used)
     kv_positions = jax.lax.dynamic_update_slice(cache.positions, positions, at)
     kv_segments = jax.lax.dynamic_update_slice(cache.segments, segments, at)
-    context = Context(Places(positions, kv_positions, segments, kv_segments), cache.used)
+    context = Context(Places(positions, kv_positions, segments, kv_segments), cache.used, mesh)
     used = cache.used + positions.shape[1]
     return cache._replace(positions=kv_positions, segments=kv_segments, used=used), context
 

@@ -11,11 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from jaxft.config import Lora
 from jaxft.errors import UserError
+from jaxft.models import ops
 from jaxft.models.arch import Arch
+from jaxft.parallel.sharding import Axis, constrain
 
 
 class Frozen(nnx.Variable):
@@ -202,18 +207,18 @@ class Linear(nnx.Module):
         self.bias = base(plan, paths, (L, n_out), ("layers", axes[1]), dtype, leaf="bias") if bias else None
         if self.adapter is not None:
             R = self.adapter.rank
-            self.a = _pair(paths, "lora_A.weight", (L, n_in, R), ("layers", axes[0], None))
-            self.b = _pair(paths, "lora_B.weight", (L, R, n_out), ("layers", None, axes[1]))
+            inputs, outputs = map(_spread, axes)
+            self.a = _pair(paths, "lora_A.weight", (L, n_in, R), ("layers", inputs, None))
+            self.b = _pair(paths, "lora_B.weight", (L, R, n_out), ("layers", None, outputs))
             if self.adapter.dora:
-                self.magnitude = _pair(paths, "lora_magnitude_vector", (L, n_out), ("layers", axes[1]))
+                self.magnitude = _pair(paths, "lora_magnitude_vector", (L, n_out), ("layers", outputs))
 
-    def __call__(self, x: jax.Array, dropped: jax.Array | None = None) -> jax.Array:
-        """x `[B,S,in]` -> `[B,S,out]`; `dropped` is x after dropout, for the pair alone (x itself where None)."""
+    def __call__(self, x: jax.Array, low: jax.Array | None = None) -> jax.Array:
+        """x `[B,S,in]` -> `[B,S,out]`; `low` `[B,S,R]` is what A made of x, where there is a pair."""
         y = jnp.einsum("BSi,oi->BSo", x, self.kernel[...].astype(x.dtype))
         if self.adapter is not None:
-            x = x if dropped is None else dropped
             # x A first: A B as a matrix would cost in · out a token.
-            y = y + (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype) * self.adapter.scale
+            y = y + (low * self.adapter.scale) @ self.b[...].astype(x.dtype)
             if self.adapter.dora:
                 # In fp32: bfloat16 would round a factor near 1 to steps of 0.4 %, and small changes would do nothing.
                 factor = (self.magnitude[...] / self._norm())[None, None, :]
@@ -233,7 +238,46 @@ class Linear(nnx.Module):
         return jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny)))
 
 
-def _pair(paths: tuple[str, ...], leaf: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> LoraParam:
+def read(readers: Sequence[Linear], x: jax.Array, seed: jax.Array | None) -> list[jax.Array]:
+    """What several linear layers make of x `[B,S,in]`, each `[B,S,out]`.
+
+    `seed` uint32 `[2]` turns the adapters' dropout on, one mask for all of them; their A are one matrix in one product, because
+    a few columns take as long as many.
+    """
+    adapted = [reader for reader in readers if reader.adapter is not None]
+    if not adapted:
+        return [reader(x) for reader in readers]
+    rate = max(reader.adapter.dropout for reader in adapted)
+    dropped = x if seed is None or rate == 0 else ops.dropout(x, rate, seed)
+    low = dropped @ jnp.concatenate([reader.a[...] for reader in adapted], axis=1).astype(x.dtype)
+    low = checkpoint_name(low, "low")
+    ends = np.cumsum([reader.adapter.rank for reader in adapted])[:-1]
+    lows = iter(jnp.split(low, ends, axis=2))
+    return [reader(x, None if reader.adapter is None else next(lows)) for reader in readers]
+
+
+def gathered_pairs(state: nnx.State, dtype: Any, mesh: Mesh | None) -> nnx.State:
+    """`state` with every A and B whole over fsdp and in `dtype`, the activations'.
+
+    Gathered once before the scan, they are a few megabytes; in each of its turns they would be a dozen small transfers, and
+    the partitioner would rather move activations. DoRA's stay as they are: it takes lengths of them in float32.
+    """
+    if mesh is None or mesh.size == 1:
+        return state
+    flat = dict(nnx.to_flat_state(state))
+    for path, variable in flat.items():
+        if isinstance(variable, LoraParam) and (*path[:-1], "magnitude") not in flat:
+            axes = tuple(axis[0] if isinstance(axis, tuple) else None for axis in variable.axes)
+            flat[path] = variable.replace(constrain(variable.get_value().astype(dtype), axes, mesh))
+    return nnx.from_flat_state(flat)
+
+
+def _spread(axis: str) -> Axis:
+    """The axis of a pair whose other axis is the rank: split over fsdp as well, so that no device holds all of it."""
+    return axis if axis == "embed" else (axis, "spare")
+
+
+def _pair(paths: tuple[str, ...], leaf: str, shape: tuple[int, ...], axes: tuple[Axis, ...]) -> LoraParam:
     names = _names(paths, leaf)
     return LoraParam(jnp.zeros(shape, jnp.float32), axes=axes, names=names, saved=names, transposed=len(shape) == 3)
 
@@ -242,7 +286,7 @@ def base(
     plan: Adaptation,
     paths: tuple[str, ...],
     shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
+    axes: tuple[Axis, ...],
     dtype: jnp.dtype,
     *,
     leaf: str = "weight",

@@ -32,7 +32,7 @@ class Tensor:
     path: str
     shape: tuple[int, ...]
     dtype: Any
-    axes: tuple[str | None, ...]
+    axes: tuple[sharding.Axis, ...]
     names: tuple[str, ...]
     transposed: bool
     trainable: bool

@@ -1,4 +1,4 @@
-"""The device mesh: axes data, fsdp and tensor."""
+"""The device mesh: axes data, fsdp and tensor; and what its devices have."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from jaxft import config
+from jaxft import chips, config
 from jaxft.errors import UserError
+from jaxft.parallel.sharding import batch_ways
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -35,3 +36,24 @@ def _sizes(asked: list[int], devices: int) -> list[int]:
     if math.prod(filled) != devices:
         raise UserError(f"{shown} does not multiply to {devices} device(s); set one of them to -1")
     return filled
+
+
+def usable_bytes(mesh: Mesh) -> int | None:
+    """Memory that a program may use of one device; None where nobody tells (a CPU, an unknown chip)."""
+    device = mesh.devices.flat[0]
+    try:
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+    except (AttributeError, RuntimeError):  # a device that is only compiled for
+        limit = None
+    chip = chips.of_device(device.device_kind)
+    return limit or (chip and int(chip.hbm_bytes))
+
+
+def check_batch(optim: config.Optim, mesh: Mesh) -> None:
+    """Raises UserError where a micro-batch does not split evenly over the devices."""
+    ways, micro = batch_ways(mesh), optim.micro_batch_size
+    if micro % ways:
+        raise UserError(
+            f"optim.batch_size: {optim.batch_size} in {optim.accumulation_steps} micro-batch(es) of {micro} does not split "
+            f"over data·fsdp={ways} devices; make the micro-batch a multiple of {ways}, or lower mesh.data and mesh.fsdp"
+        )

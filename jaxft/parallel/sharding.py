@@ -12,33 +12,50 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxft.errors import UserError
 
 # Rows are split over both axes that hold different rows; weights over the one that shares a copy, and over tensor.
-RULES: dict[str, str | tuple[str, ...]] = {
+RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "ffn": "tensor",
-    "vocab": "tensor",
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ffn": ("tensor",),
+    "vocab": ("tensor",),
+    "spare": ("fsdp",),
 }
 
-
-def spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """The mesh axes of an array whose dimensions have these logical names; None and unruled names are not split."""
-    return PartitionSpec(*(RULES.get(axis) if axis else None for axis in axes))
+# The logical axis of a dimension. Of several, the first must split evenly; the others do so where the size allows it.
+Axis = str | tuple[str, ...] | None
 
 
-def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], what: str) -> NamedSharding:
+def spec(axes: Sequence[Axis], mesh: Mesh, shape: Sequence[int]) -> PartitionSpec:
+    """The mesh axes of an array of this shape; None and names without a rule are not split."""
+    return PartitionSpec(*(_split(axis, mesh, size) for axis, size in zip(axes, shape)))
+
+
+def _split(axis: Axis, mesh: Mesh, size: int) -> tuple[str, ...] | None:
+    wanted = (axis,) if isinstance(axis, str) else axis or ()
+    found: tuple[str, ...] = ()
+    for i, logical in enumerate(wanted):
+        more = found + RULES.get(logical, ())
+        if i == 0 or size % _ways(mesh, more) == 0:
+            found = more
+    return found or None
+
+
+def _ways(mesh: Mesh, names: Sequence[str]) -> int:
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def sharding(mesh: Mesh, axes: Sequence[Axis], shape: Sequence[int], what: str) -> NamedSharding:
     """The sharding of array `what`. Raises UserError where a dimension does not split evenly."""
-    for size, logical in zip(shape, axes):
-        check_split(mesh, logical, size, what)
-    return NamedSharding(mesh, spec(axes))
+    for size, axis in zip(shape, axes):
+        check_split(mesh, axis if isinstance(axis, str) or axis is None else axis[0], size, what)
+    return NamedSharding(mesh, spec(axes, mesh, shape))
 
 
 def check_split(mesh: Mesh, logical: str | None, size: int, what: str) -> None:
     """Raises UserError where `size` things along a logical axis of `what` do not split evenly over the mesh."""
-    names = RULES.get(logical) if logical else None
-    names = (names,) if isinstance(names, str) else names or ()
-    ways = math.prod(mesh.shape[name] for name in names)
+    names = RULES.get(logical, ()) if logical else ()
+    ways = _ways(mesh, names)
     if size % ways:
         largest = max(w for w in range(1, ways + 1) if size % w == 0 and ways % w == 0)
         raise UserError(
@@ -49,7 +66,7 @@ def check_split(mesh: Mesh, logical: str | None, size: int, what: str) -> None:
 
 def batch_ways(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are split."""
-    return math.prod(mesh.shape[name] for name in RULES["batch"])
+    return _ways(mesh, RULES["batch"])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -57,18 +74,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def constrain(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | None) -> jax.Array:
+def constrain(x: jax.Array, axes: Sequence[Axis], mesh: Mesh | None) -> jax.Array:
     """Tells the partitioner how an activation lies; without a mesh, or on one device, nothing."""
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, mesh, x.shape)))
 
 
-def place(mesh: Mesh, tree: Any, axes: Sequence[str | None]) -> Any:
+def place(mesh: Mesh, tree: Any, axes: Sequence[Axis]) -> Any:
     """Host arrays, the same on every process, as global arrays split along `axes` (each array's leading ones)."""
 
     def put(x: Any) -> jax.Array:
-        target = NamedSharding(mesh, spec(axes[: x.ndim]))
+        target = NamedSharding(mesh, spec(axes, mesh, x.shape))
         return jax.make_array_from_callback(x.shape, target, lambda index: x[index])
 
     return jax.tree.map(put, tree)

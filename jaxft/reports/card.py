@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from jaxft.reports.document import Code, Inline
+from jaxft.reports.figures import MEDIANS
 from jaxft.reports.folder import RunRecord, number
 from jaxft.reports.wording import UNKNOWN, brief, clock, share, usd, whole
 
 Row = tuple[Inline, Inline]
+MFU_RULE = (
+    "4 FLOPs per linear weight of the layers and real token (6 where every weight is trained); padding, attention, the head "
+    "and what is recomputed count as nothing"
+)
 
 
 def rows(run: RunRecord, figures: dict[str, Any]) -> list[Row]:
@@ -28,7 +33,7 @@ def rows(run: RunRecord, figures: dict[str, Any]) -> list[Row]:
 
 def cost(figures: dict[str, Any]) -> list[Row]:
     """Time, tokens and money; without a price the cost is unknown."""
-    hours, rate, price = figures["chip_hours"], figures["tokens_per_second"], figures["usd_per_chip_hour"]
+    hours, price = figures["chip_hours"], figures["usd_per_chip_hour"]
     if price is None:
         money = "unknown (no price given)"
     elif hours is None:
@@ -37,12 +42,36 @@ def cost(figures: dict[str, Any]) -> list[Row]:
         money = f"{usd(figures['cost_usd'])}, at {usd(price)} per chip-hour"
     return [
         ("Cost", money),
-        ("Chip-hours", UNKNOWN if hours is None else f"{hours:,.4g} (wall time × devices, each counted as one chip)"),
+        (
+            "Chip-hours",
+            UNKNOWN if hours is None else f"{hours:,.4g} (wall time × chips; a device of no known kind is one)",
+        ),
         ("Wall time", f"{clock(figures['wall_seconds'])}, with loading, compilation and evaluations"),
         ("In training steps", f"{clock(figures['train_seconds'])}, {share(figures['goodput'])} of the wall time"),
         ("Tokens trained on", f"{whole(figures['tokens'])}, padding not counted"),
-        ("Tokens per second", UNKNOWN if rate is None else f"{rate:,.0f} while in training steps"),
+        *_rates(figures),
     ]
+
+
+def _rates(figures: dict[str, Any]) -> list[Row]:
+    """Speed, use of the chips and memory; a line per figure that the run logged."""
+    rate, per_chip, step, wait, mfu = (figures[f"median_{key}"] for key in MEDIANS)
+    mean, device, host = (figures[k] for k in ("tokens_per_second", "peak_device_memory_gib", "peak_host_memory_gib"))
+    speed = UNKNOWN if mean is None else f"{mean:,.0f} while in training steps"
+    if rate is not None:
+        each = "" if per_chip in (None, rate) else f", {per_chip:,.0f} per chip"
+        speed += f"; the median log line has {rate:,.0f}{each}"
+    found: list[Row] = [("Tokens per second", speed)]
+    if step is not None:
+        waited = "" if wait is None else f", {share(wait)} of it waiting for data"
+        found.append(("Seconds per step", f"{step:,.3g} (median){waited}"))
+    if mfu is not None:
+        found.append(("MFU", f"{share(mfu)} of the chips' bfloat16 peak (median): {MFU_RULE}"))
+    if device is not None:
+        found.append(("Peak memory", f"{device:,.2f} GiB, of the fullest device"))
+    elif host is not None:
+        found.append(("Peak memory", f"{host:,.2f} GiB, of the whole process; its devices do not tell theirs"))
+    return found
 
 
 def _model(run: RunRecord, model: dict[str, Any]) -> Inline:

@@ -56,7 +56,6 @@ UNMEASURED = (
     "A paired test of base against tuned: the intervals treat the two as independent.",
     "Other abilities of the model, which fine-tuning may have worsened.",
     "Overlap between training and held-out rows, beyond what the split excludes.",
-    "Peak device memory, and model FLOP/s utilisation.",
 )
 
 
@@ -257,6 +256,10 @@ def _not_measured(figures: dict[str, Any]) -> list[Inline]:
         absent.append(("Loss on held-out rows: hold some out with ", Code("data.validation_fraction"), "."))
     if figures["usd_per_chip_hour"] is None:
         absent.append(("Cost: give ", Code("run.usd_per_chip_hour"), "."))
+    if figures["peak_device_memory_gib"] is None:
+        absent.append("Peak device memory: this backend does not tell it.")
+    if figures["median_mfu"] is None:
+        absent.append("Model FLOP/s utilisation: the peak of these devices is not known.")
     return [*absent, *UNMEASURED]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
+from jaxft import chips
 from jaxft.reports.folder import RunRecord, number
 from jaxft.reports.wording import change, share
 
@@ -14,6 +16,8 @@ OVERFITTING_RULE = (
     f"than {RATIO:g} times the share that eval_loss fell (both start to end) and by {MARGIN * 100:.0f} points or more"
 )
 TOLD = ("versions", "device", "mesh", "model", "data", "steps", "step", "train_seconds", "wall_seconds", "tokens")
+MEDIANS = ("tokens_per_second", "tokens_per_second_per_chip", "seconds_per_step", "data_wait", "mfu")
+PEAKS = ("device_memory_gib", "host_memory_gib")
 COUNTS = ("problems", "invalid")  # of a task's scores, beside its metrics
 
 
@@ -51,6 +55,7 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "overfitting": overfitting(train_loss, eval_loss),
         "tasks": _tasks(run),
         **_spent(run),
+        **_logged(run),
         "missing": missing(run),
     }
 
@@ -158,11 +163,11 @@ def _is_pair(value: Any) -> bool:
 
 
 def _spent(run: RunRecord) -> dict[str, Any]:
-    """Time, tokens and money; chips are the run's devices."""
+    """Time, tokens and money."""
     wall, train = run.count("wall_seconds"), run.count("train_seconds")
-    tokens, chips = run.count("tokens"), run.count("device.count")
+    tokens, count = run.count("tokens"), _chips(run)
     price = number(run.setting("run.usd_per_chip_hour"))
-    chip_hours = None if wall is None or chips is None else wall / 3600 * chips
+    chip_hours = None if wall is None or count is None else wall / 3600 * count
     return {
         "wall_seconds": wall,
         "train_seconds": train,
@@ -173,6 +178,24 @@ def _spent(run: RunRecord) -> dict[str, Any]:
         "usd_per_chip_hour": price,
         "cost_usd": None if chip_hours is None or price is None else chip_hours * price,
     }
+
+
+def _chips(run: RunRecord) -> float | None:
+    """The run's chips: its devices, unless the kind is known to have several to a chip."""
+    devices = run.count("device.count")
+    chip = chips.of_device(str(run.fact("device.kind")))
+    return None if devices is None else devices / (chip.devices if chip else 1)
+
+
+def _logged(run: RunRecord) -> dict[str, float | None]:
+    """The median of each rate over the log lines, which a slow first line or one slow step does not move; peaks of memory."""
+
+    def over(key: str, summary: Any) -> float | None:
+        values = [value for r in run.train if (value := number(r.get(key))) is not None]
+        return summary(values) if values else None
+
+    medians = {f"median_{key}": over(key, statistics.median) for key in MEDIANS}
+    return medians | {f"peak_{key}": over(key, max) for key in PEAKS}
 
 
 def _word(value: Any) -> str | None:

@@ -25,16 +25,20 @@ ALIGNMENT = 64  # bytes; JAX copies a host buffer that lies otherwise
 
 
 def stored_dtype(folder: Path, files: Mapping[str, Slice] | None, arch: Arch) -> Any:
-    """What `dtype="auto"` keeps: that of the checkpoint's embedding or, without weights, the one that config.json names.
-
-    float16 becomes float32: its range is too small to train in, and bfloat16 would lose its precision.
-    """
+    """What `dtype="auto"` keeps: that of the checkpoint's embedding or, without weights, the one that config.json names."""
     embedding = (files or {}).get(f"{arch.names.embed}.weight")
-    if embedding is not None:
-        stored = embedding.dtype.name
-    else:
-        config = read_json(folder / "config.json", "every model")
-        stored = config.get("dtype") or config.get("torch_dtype")
+    if embedding is None:
+        return named_dtype(read_json(folder / "config.json", "every model"))
+    return _trainable_dtype(embedding.dtype.name)
+
+
+def named_dtype(config: Mapping[str, Any]) -> Any:
+    """The dtype that a config.json names, float32 where none."""
+    return _trainable_dtype(config.get("dtype") or config.get("torch_dtype"))
+
+
+def _trainable_dtype(stored: Any) -> Any:
+    """float16 becomes float32: its range is too small to train in, and bfloat16 would lose its precision."""
     return jnp.dtype(jnp.bfloat16 if stored == "bfloat16" else jnp.float32)
 
 

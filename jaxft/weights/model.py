@@ -16,9 +16,10 @@ from jaxft.errors import UserError
 from jaxft.models import decoder, lora, tensors
 from jaxft.models.arch import Arch
 from jaxft.models.attention import kernel_for
+from jaxft.models.families import arch_from_config, published
 from jaxft.parallel.mesh import make_mesh
 from jaxft.weights import keras, load, peft, shards
-from jaxft.weights.hub import local_folder, read_arch
+from jaxft.weights.hub import local_folder, read_arch, read_json
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model on its mesh: what `decoder.join(graphdef, trainable, frozen)` needs, and the table of its tensors."""
+    """A model on its mesh: what `decoder.join(graphdef, trainable, frozen)` needs, and the table of its tensors.
+
+    In an outline the arrays are `jax.ShapeDtypeStruct`s that carry their sharding.
+    """
 
     graphdef: Any
-    trainable: dict[str, jax.Array]
-    frozen: dict[str, jax.Array]
+    trainable: dict[str, Any]
+    frozen: dict[str, Any]
     rows: list[tensors.Tensor]
+    attention: str  # the kernel's name
 
     def decoder(self) -> decoder.Decoder:
         """The model as a callable module."""
@@ -88,6 +93,18 @@ def find(model: config.Model, adaptation: config.Lora | str | None = "base") -> 
     return Source(folder, tokenizer, arch, files, adapter, dtype, stored, plan)
 
 
+def sketch(model: config.Model, adaptation: config.Lora | None) -> Source:
+    """A source known by its config.json alone, to plan for: no weight is looked for, and the Hub is asked only for a model
+    that is neither a folder nor one of the published runs'. Raises UserError."""
+    known = None if Path(model.name).is_dir() else published.CONFIGS.get(model.name)
+    folder = Path(model.name) if known else local_folder(model.name, model.revision, weights=False)
+    arch = arch_from_config(known, model.name) if known else read_arch(folder)
+    plan = lora.adaptation(adaptation, arch)
+    stored = load.named_dtype(known or read_json(folder / "config.json", "every model"))
+    dtype = jnp.dtype(model.dtype) if model.dtype != "auto" else stored
+    return Source(folder, folder, arch, None, None, dtype, stored, plan)
+
+
 def _revision(model: config.Model) -> str | None:
     """The revision asked for, or else the one that the adapter names, where it names this base."""
     return model.revision or (peft.base_revision(Path(model.adapter), model.name) if model.adapter else None)
@@ -103,25 +120,39 @@ def _open_preset(model: config.Model) -> keras.Preset | None:
     return keras.open_preset(model.name)
 
 
-def materialise(source: Source, mesh: Mesh, seed: int = 0, remat: str = "none", attention: str = "auto") -> Loaded:
-    """Reads (or draws) every array onto `mesh`; `attention` names a kernel, or auto for the platform's."""
-    kernel = kernel_for(mesh.devices.flat[0].platform) if attention == "auto" else attention
+def outline(source: Source, mesh: Mesh, remat: str = "none", attention: str = "auto") -> Loaded:
+    """The model on `mesh` without its arrays, to compile for; `attention` names a kernel, or auto for the platform's."""
+    kernel = kernel_for(mesh.devices.flat[0], source.arch, source.dtype, attention)
     options = {"remat": remat, "attention": kernel, "mesh": mesh}
     model = decoder.abstract(source.arch, source.plan, source.dtype, **options)
     graphdef, trainable, _ = decoder.split(model)
     rows = tensors.table(model)
-    adapter = source.adapter
+    shapes = {row.path: jax.ShapeDtypeStruct(row.shape, row.dtype, sharding=row.sharding(mesh)) for row in rows}
+    return _parted(graphdef, shapes, trainable, rows, kernel)
+
+
+def materialise(source: Source, mesh: Mesh, outlined: Loaded | None = None, *, seed: int = 0) -> Loaded:
+    """Reads (or draws) every array of an outline (of `outline(source, mesh)` where None) onto `mesh`."""
+    outlined = outlined or outline(source, mesh)
+    rows, adapter = outlined.rows, source.adapter
     of_base = [row for row in rows if adapter is None or row.saved is None]
     if source.files is None:
         arrays = load.random_base(of_base, source.arch, mesh, seed)
     else:
         arrays = load.load_base(source.files, of_base, mesh)
     arrays |= load.fresh_adapter(rows, arrays, mesh, seed) if adapter is None else adapter.read(rows, mesh)
+    return _parted(outlined.graphdef, arrays, outlined.trainable, rows, outlined.attention)
+
+
+def _parted(
+    graphdef: Any, values: Mapping[str, Any], trainable: Mapping[str, Any], rows: list[tensors.Tensor], attention: str
+) -> Loaded:
     return Loaded(
         graphdef,
-        {path: arrays[path] for path in arrays if path in trainable},
-        {path: arrays[path] for path in arrays if path not in trainable},
+        {path: value for path, value in values.items() if path in trainable},
+        {path: value for path, value in values.items() if path not in trainable},
         rows,
+        attention,
     )
 
 
@@ -135,5 +166,6 @@ def load_decoder(
     """A callable decoder, and the folder of its tokenizer: the one named, the adapter's where it brings one, the model's."""
     named = None if adapter is None else str(adapter)
     source = find(config.Model(name=str(name), tokenizer=tokenizer, dtype=dtype, adapter=named))
-    loaded = materialise(source, mesh or make_mesh(devices=jax.devices()[:1]))
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    loaded = materialise(source, mesh)
     return loaded.decoder(), source.tokenizer if tokenizer else source.tokenizer_beside_adapter

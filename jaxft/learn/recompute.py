@@ -1,0 +1,106 @@
+"""The training step compiled, with what the backward pass computes again chosen by the memory that is there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from jaxft import config
+from jaxft.errors import OutOfResources
+from jaxft.learn import optim, step
+from jaxft.weights.model import Loaded, Source, outline
+
+# From the least arithmetic to the least memory.
+POLICIES = ("dots", "qkv", "full")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The step under one policy. `bytes` are what it takes of each device while it runs, arguments included.
+
+    `too_large` are the policies tried before, with their bytes where the compiler gave them.
+    """
+
+    policy: str
+    outlined: Loaded
+    optimizer: optax.GradientTransformation
+    lowered: jax.stages.Lowered
+    executable: jax.stages.Compiled
+    bytes: int
+    seconds: float  # of tracing and compiling this policy
+    too_large: tuple[tuple[str, int | None], ...] = ()
+    shape: tuple[int, int] = (0, 0)
+
+    def said(self) -> str:
+        """What was compiled and chosen, in a line."""
+        rows, length = self.shape
+        line = f"compiled the training step for {rows} × {length} in {self.seconds:.1f} s; attention {self.outlined.attention}"
+        line += f", remat {self.policy}, {self.bytes / 2**30:.2f} GiB per device"
+        return line + "".join(f"; {_tried(name, size)} does not fit" for name, size in self.too_large)
+
+
+def policies(asked: str, platform: str) -> Sequence[str]:
+    """Those to try in turn. On a CPU nothing is recomputed: memory is plentiful there, and arithmetic is not."""
+    if asked != "auto":
+        return (asked,)
+    return ("none",) if platform == "cpu" else POLICIES
+
+
+def compile_step(
+    settings: config.Config, source: Source, mesh: Mesh, steps: int, shape: tuple[int, int], device_bytes: int | None
+) -> Compiled:
+    """The step of a run of so many `steps` for batches of `[B,S]` = `shape`, compiled for `mesh` without any array.
+
+    Under the first policy that fits `device_bytes`; any fits None. Raises OutOfResources where none does.
+    """
+    tried: list[tuple[str, int | None]] = []
+    for policy in policies(settings.model.remat, mesh.devices.flat[0].platform):
+        began = time.monotonic()
+        outlined = outline(source, mesh, policy, settings.model.attention)
+        optimizer = optim.optimizer(settings.optim, steps, outlined.rows)
+        parts = settings.optim.accumulation_steps
+        train_step = step.make_train_step(outlined, optimizer, mesh, accumulation_steps=parts)
+        lowered = train_step.lower(*step.abstract_inputs(outlined, optimizer, mesh, shape))
+        executable = _executable(lowered)
+        needed = None if executable is None else device_memory(executable)
+        if needed is not None and (device_bytes is None or needed <= device_bytes):
+            seconds = time.monotonic() - began
+            return Compiled(policy, outlined, optimizer, lowered, executable, needed, seconds, tuple(tried), shape)
+        tried.append((policy, needed))
+    raise OutOfResources(_too_large(tried, device_bytes))
+
+
+def _executable(lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
+    """None where the compiler says that the program does not fit."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error):
+            raise
+        return None
+
+
+def device_memory(executable: Any) -> int:
+    """Bytes of one device while a program runs: arguments, outputs that take no argument's place, and temporaries."""
+    found = executable.memory_analysis()
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + outputs + found.temp_size_in_bytes + found.generated_code_size_in_bytes
+
+
+def _too_large(tried: Sequence[tuple[str, int | None]], device_bytes: int | None) -> str:
+    needs = ", ".join(_tried(*each) for each in tried)
+    free = "the device's memory" if device_bytes is None else f"the {device_bytes / 2**30:.1f} GiB of a device"
+    return (
+        f"the training step does not fit {free} under any recomputation policy (model.remat: {needs}); lower "
+        "optim.batch_size, raise optim.accumulation_steps, lower data.max_length, or use more devices"
+    )
+
+
+def _tried(policy: str, size: int | None) -> str:
+    return policy if size is None else f"{policy} ({size / 2**30:.1f} GiB)"

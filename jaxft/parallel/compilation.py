@@ -1,0 +1,48 @@
+"""Compiled programs kept on disk, so that the next start of the same run compiles nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import tempfile
+from pathlib import Path
+
+import jax
+
+
+def keep_compiled(folder: str | None) -> None:
+    """Has JAX keep every program that it compiles below `folder`; None keeps none. Call it before anything compiles.
+
+    A cache that the user has set for JAX itself stays. A folder that cannot be written costs a line and no more. JAX runs
+    what it finds there, so the folder must be the user's own.
+    """
+    if folder is None or jax.config.jax_compilation_cache_dir:
+        return
+    if "://" not in folder:  # gs://… is written by JAX itself
+        path = Path(folder).expanduser()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            said = f"{path} cannot be written ({error.strerror or error}); programs are compiled anew at each start"
+            print(f"run.compilation_cache: {said}", flush=True)
+            return
+        folder = str(path)
+    jax.config.update("jax_compilation_cache_dir", f"{folder}/{_host()}")
+    # JAX by itself keeps what took a second to compile; a start runs many smaller programs, which add up.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _host() -> str:
+    """Eight hex digits for this kind of processor: XLA compiles for the one at hand, and JAX's key does not tell them apart.
+
+    A home folder that several machines share would else bring one the instructions of another (openxla/xla issue 44565).
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    return hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:8]
