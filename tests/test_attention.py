@@ -333,6 +333,7 @@ def test_a_gpu_kernel_that_fails_on_this_gpu_is_not_used(tokamax_installed, monk
         ("cudnn", nvidia("9.0"), arch(cap=50.0), "cudnn cannot cap scores (here at 50)"),
         ("cudnn", nvidia("9.0"), arch(264), "of at most 256 and a multiple of 8, not of 264"),
         ("cudnn", nvidia("8.0"), arch(256), "heads of 256 from compute capability 9 on, not on 8"),
+        ("cudnn", nvidia("7.5"), arch(), "is for GPUs of compute capability 8 or more, not 7.5"),
         ("tokamax", nvidia("9.0"), arch(), "pip install --no-deps tokamax"),
     ],
 )

@@ -85,9 +85,9 @@ def test_splash_compiles_for_every_shape_and_long_rows(tpu_mesh, topology):
 
 
 def test_splash_of_a_long_row_is_traced_quickly_and_holds_no_mask(tpu_mesh):
-    began = time.monotonic()
+    began = time.process_time()
     lowered = traced("splash", FAMILIES[-1:], tpu_mesh("v5e:2x4"), S=16384).lower()
-    assert time.monotonic() - began < 20  # 1.5 s on a quiet machine: a mask of 16384² is looked through by tiles
+    assert time.process_time() - began < 10  # 1.5 s: each pair of tiles is looked at, once per kernel
     assert len(lowered.as_text()) < 2**20  # a bit for each of 16384² pairs would be 32 MiB
 
 

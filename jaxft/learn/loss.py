@@ -35,6 +35,7 @@ class _Head(NamedTuple):
     trained: bool
     split: tuple[str, ...]  # mesh axes over which its rows lie
     mesh: Mesh | None
+    swept: bool  # over parts of the vocabulary instead of whole rows of logits
 
 
 class _Sums(NamedTuple):
@@ -54,7 +55,9 @@ def tally(model: Decoder, h: jax.Array, targets: jax.Array, weights: jax.Array) 
     split = vocabulary_split(model.arch.vocab_size, model.mesh)
     mesh = model.mesh if split else None
     variable = model.embed if model.head is None else model.head
-    head = _Head(model.arch.logit_cap, isinstance(variable, Trainable), split, mesh)
+    trained = isinstance(variable, Trainable)
+    on_cpu = model.mesh is not None and model.mesh.devices.flat[0].platform == "cpu"
+    head = _Head(model.arch.logit_cap, trained, split, mesh, swept=on_cpu and not trained and not split)
     return _tally(head, variable[...], h, targets, weights)
 
 
@@ -99,7 +102,8 @@ def _local(
     (B, S, D), V = h.shape, head_VD.shape[0]
     shared = tuple(axis for axis in head.split if axis in ROWS)
     ways = head.mesh.shape["fsdp"] if shared else 1
-    chunk = _chunk_size(B * S, max(1, MIN_CHUNK // ways, CHUNK_ELEMENTS // (V * ways)))
+    largest = SWEPT_CHUNK if head.swept else max(1, MIN_CHUNK // ways, CHUNK_ELEMENTS // (V * ways))
+    chunk = _chunk_size(B * S, largest)
     supervised = weights.reshape(-1) > 0
     order = _supervised_first(supervised, chunk)
     needed = _over(head, jax.lax.pmax, jnp.sum(supervised.astype(jnp.int32)))
@@ -108,7 +112,7 @@ def _local(
     def compute(total: _Sums, indices: jax.Array) -> _Sums:
         # Indices beyond the end, which fill the last chunk, read zeros and write nothing.
         rows = [x.at[indices].get(mode="fill", fill_value=0) for x in flat]
-        sums = _chunk(head, head_VD, *rows, gradients=gradients)
+        sums = (_swept if head.swept else _chunk)(head, head_VD, *rows, gradients=gradients)
         placed = None if sums.hidden is None else total.hidden.at[indices].set(sums.hidden, mode="drop")
         added = jax.tree.map(jnp.add, (total.tally, total.head), (sums.tally, sums.head))
         return _Sums(added[0], placed, added[1])
@@ -192,6 +196,72 @@ def _chunk(
         of_h = jax.lax.psum(of_h, "tensor")
     of_head = jnp.einsum("TV,TD->VD", of_logits, h, preferred_element_type=jnp.float32) if head.trained else None
     return _Sums(sums, of_h.astype(h.dtype), of_head)
+
+
+SWEPT_CHUNK = 1024  # tokens
+COLUMNS = 2048  # of logits at once on a CPU, so that they stay in its cache
+
+
+def _swept(
+    head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool
+) -> _Sums:
+    """As `_chunk` for a frozen head that is not split, by parts of the vocabulary, as flash attention goes over its keys.
+
+    The gradient is Σ_v exp(logit_v) head_v / Σ_v exp(logit_v) - head_target, so running sums, rescaled whenever a larger logit
+    comes, stand in for the softmax, and the head is read once for all tokens.
+    """
+    (T, _), V = h.shape, head_VD.shape[0]
+    columns = min(COLUMNS, V)
+
+    def part(carry: Any, first: jax.Array, kernel: jax.Array) -> Any:
+        top, total, mixed, chosen, predicted, slope = carry
+        raw = jnp.einsum("TD,VD->TV", h, kernel, preferred_element_type=jnp.float32)
+        bent = None if head.cap is None else jnp.tanh(raw / head.cap)
+        logits = raw if bent is None else head.cap * bent
+        largest = jnp.max(logits, axis=1)
+        higher = jnp.maximum(top, largest)
+        exp, faded = jnp.exp(logits - higher[:, None]), jnp.exp(top - higher)
+        at = targets - first
+        inside = (at >= 0) & (at < kernel.shape[0])
+        own = jnp.take_along_axis(logits, jnp.clip(at, 0, kernel.shape[0] - 1)[:, None], axis=1)[:, 0]
+        index = jnp.arange(kernel.shape[0], dtype=jnp.int32)
+        best = first + jnp.min(jnp.where(logits == largest[:, None], index[None, :], kernel.shape[0]), axis=1)
+        if gradients:
+            pull = exp if bent is None else exp * (1 - jnp.square(bent))
+            pulled = jnp.einsum("TV,VD->TD", pull.astype(h.dtype), kernel, preferred_element_type=jnp.float32)
+            mixed = mixed * faded[:, None] + pulled
+            if bent is not None:
+                slope = jnp.where(inside, 1 - jnp.square(own / head.cap), slope)
+        total = total * faded + jnp.sum(exp, axis=1)
+        chosen, predicted = jnp.where(inside, own, chosen), jnp.where(largest > top, best, predicted)
+        return higher, total, mixed, chosen, predicted, slope
+
+    zero = jnp.zeros((T,), jnp.float32)
+    mixed = jnp.zeros(h.shape if gradients else (), jnp.float32)
+    carry = (
+        jnp.full((T,), -jnp.inf, jnp.float32),
+        zero,
+        mixed,
+        zero,
+        jnp.zeros((T,), jnp.int32),
+        jnp.ones((T,), jnp.float32),
+    )
+    whole = V // columns
+
+    def one(carry: Any, i: jax.Array) -> tuple[Any, None]:
+        kernel = jax.lax.dynamic_slice_in_dim(head_VD, i * columns, columns).astype(h.dtype)
+        return part(carry, i * columns, kernel), None
+
+    carry, _ = jax.lax.scan(one, carry, jnp.arange(whole, dtype=jnp.int32))
+    if V % columns:
+        carry = part(carry, jnp.int32(whole * columns), head_VD[whole * columns :].astype(h.dtype))
+    top, total, mixed, chosen, predicted, slope = carry
+    nll, right = jnp.log(total) + top - chosen, (predicted == targets).astype(jnp.float32)
+    sums = Tally(jnp.sum(nll * weights), jnp.sum(right * weights), jnp.sum(weights))
+    if not gradients:
+        return _Sums(sums, None, None)
+    of_h = weights[:, None] * (mixed / total[:, None] - slope[:, None] * head_VD[targets].astype(jnp.float32))
+    return _Sums(sums, of_h.astype(h.dtype), None)
 
 
 def _first_row(head: _Head, rows: int) -> Any:

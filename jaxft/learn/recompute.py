@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -34,8 +35,8 @@ class Compiled:
     executable: jax.stages.Compiled
     bytes: int
     seconds: float  # of tracing and compiling this policy
-    too_large: tuple[tuple[str, int | None], ...] = ()
-    shape: tuple[int, int] = (0, 0)
+    shape: tuple[int, int]
+    too_large: tuple[tuple[str, int | None], ...]
 
     def said(self) -> str:
         """What was compiled and chosen, in a line."""
@@ -46,32 +47,51 @@ class Compiled:
 
 
 def policies(asked: str, platform: str) -> Sequence[str]:
-    """Those to try in turn. On a CPU nothing is recomputed: memory is plentiful there, and arithmetic is not."""
+    """Those to try in turn. On a CPU no matmul is repeated; the rest is repeated faster than it is stored."""
     if asked != "auto":
         return (asked,)
-    return ("none",) if platform == "cpu" else POLICIES
+    return POLICIES[:1] if platform == "cpu" else POLICIES
+
+
+class Traceable(NamedTuple):
+    """A training step before it is compiled, and what it is called with, as shapes."""
+
+    outlined: Loaded
+    optimizer: optax.GradientTransformation
+    step: Any  # a jitted function
+    inputs: tuple[Any, ...]
+
+
+def traceable(
+    settings: config.Config, source: Source, mesh: Mesh, steps: int, shape: tuple[int, int], policy: str
+) -> Traceable:
+    """The step of a run of so many `steps` for batches of `[B,S]` = `shape` on `mesh`, without any array."""
+    outlined = outline(source, mesh, policy, settings.model.attention)
+    optimizer = optim.optimizer(settings.optim, steps, outlined.rows)
+    parts = settings.optim.accumulation_steps
+    train_step = step.make_train_step(outlined, optimizer, mesh, accumulation_steps=parts)
+    return Traceable(outlined, optimizer, train_step, step.abstract_inputs(outlined, optimizer, mesh, shape))
 
 
 def compile_step(
     settings: config.Config, source: Source, mesh: Mesh, steps: int, shape: tuple[int, int], device_bytes: int | None
 ) -> Compiled:
-    """The step of a run of so many `steps` for batches of `[B,S]` = `shape`, compiled for `mesh` without any array.
+    """That step compiled, under the first policy that fits `device_bytes`; any fits None.
 
-    Under the first policy that fits `device_bytes`; any fits None. Raises OutOfResources where none does.
+    Raises OutOfResources where none does.
     """
     tried: list[tuple[str, int | None]] = []
     for policy in policies(settings.model.remat, mesh.devices.flat[0].platform):
         began = time.monotonic()
-        outlined = outline(source, mesh, policy, settings.model.attention)
-        optimizer = optim.optimizer(settings.optim, steps, outlined.rows)
-        parts = settings.optim.accumulation_steps
-        train_step = step.make_train_step(outlined, optimizer, mesh, accumulation_steps=parts)
-        lowered = train_step.lower(*step.abstract_inputs(outlined, optimizer, mesh, shape))
+        found = traceable(settings, source, mesh, steps, shape, policy)
+        lowered = found.step.lower(*found.inputs)
         executable = _executable(lowered)
+        _return_memory()
         needed = None if executable is None else device_memory(executable)
         if needed is not None and (device_bytes is None or needed <= device_bytes):
             seconds = time.monotonic() - began
-            return Compiled(policy, outlined, optimizer, lowered, executable, needed, seconds, tuple(tried), shape)
+            made = found.outlined, found.optimizer, lowered, executable
+            return Compiled(policy, *made, needed, seconds, shape, tuple(tried))
         tried.append((policy, needed))
     raise OutOfResources(_too_large(tried, device_bytes))
 
@@ -84,6 +104,13 @@ def _executable(lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
         if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error):
             raise
         return None
+
+
+def _return_memory() -> None:
+    """Gives back what the compiler has freed, which the C library would keep: 250 MB, as much as a small model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others have none
+    if trim is not None:
+        trim(0)
 
 
 def device_memory(executable: Any) -> int:

@@ -6,38 +6,22 @@ B batch, S query, T key, D model, N heads, K kv heads, H head dim, F ffn, V voca
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from jaxft.models import ops
-from jaxft.models.arch import BIASES, NORMS, Arch, LayerSpec, stages
-from jaxft.models.attention import KERNELS, SAVED, Places
-from jaxft.models.lora import Adaptation, Linear, Trainable, base, gathered_pairs, read
+from jaxft.models.arch import Arch, LayerSpec, stages
+from jaxft.models.attention import Places
+from jaxft.models.block import SITES, Context, Norm
+from jaxft.models.lora import Adaptation, Trainable, base
+from jaxft.models.stage import HIDDEN_AXES, Stage
 from jaxft.models.vocabulary import look_up, table_axes
 from jaxft.parallel.sharding import check_split, constrain
-
-LINEAR_AXES = {
-    "q_proj": ("embed", "heads"), "k_proj": ("embed", "kv_heads"), "v_proj": ("embed", "kv_heads"),
-    "qkv_proj": ("embed", "heads"), "o_proj": ("heads", "embed"), "gate_proj": ("embed", "ffn"), "up_proj": ("embed", "ffn"),
-    "gate_up_proj": ("embed", "ffn"), "down_proj": ("ffn", "embed"),
-}  # fmt: skip
-QKV, GATE_UP = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj")
-OUT, DOWN = ("o_proj",), ("down_proj",)
-HIDDEN_AXES = ("batch", None, None)
-SITES = 4  # of dropout in a layer: the inputs of q, k, v; of o; of gate and up; of down
-
-
-class Context(NamedTuple):
-    """What every layer needs to know of the tokens."""
-
-    places: Places
-    start: jax.Array | None  # first cache slot to write, int32 scalar; None without a cache
-    mesh: Mesh | None
 
 
 class Cache(NamedTuple):
@@ -47,138 +31,6 @@ class Cache(NamedTuple):
     positions: jax.Array
     segments: jax.Array
     used: jax.Array
-
-
-class Norm(nnx.Module):
-    """RMSNorm of L stacked layers, `weight` `[L,D]` (or `[D]` for the final one)."""
-
-    def __init__(self, paths: tuple[str, ...], shape: tuple[int, ...], plan: Adaptation, arch: Arch, dtype: Any):
-        self.weight = base(plan, paths, shape, ("layers", "norm")[-len(shape) :], dtype)
-        self.eps, self.plus_one = arch.norm_eps, arch.norm_plus_one
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return ops.rms_norm(x, self.weight[...], self.eps, self.plus_one)
-
-
-class Block(nnx.Module):
-    """One layer of the scan's period: attention and gated FFN, each after a norm and around a residual.
-
-    Gemma 2 norms what either gives as well, before it is added.
-    """
-
-    def __init__(self, arch: Arch, layers: tuple[int, ...], plan: Adaptation, dtype: Any, kernel: str):
-        spec = arch.layers[layers[0]]
-        self.spec, self.arch, self.kernel = spec, arch, kernel
-        for name in NORMS:
-            width = spec.head_dim if name in ("q_norm", "k_norm") else arch.dim
-            paths = tuple(arch.module_path(i, name) for i in layers)
-            present = name in arch.norms
-            setattr(self, name, Norm(paths, (len(layers), width), plan, arch, dtype) if present else _unchanged)
-        for name in arch.linears:
-            paths, shape = tuple(arch.module_path(i, name) for i in layers), arch.linear_shape(layers[0], name)
-            bias = getattr(spec, BIASES[name])
-            setattr(self, name, Linear(paths, shape, LINEAR_AXES[name], plan, bias=bias, dtype=dtype))
-
-    def __call__(self, h: jax.Array, context: Context, cache: Any, seeds: jax.Array | None) -> tuple[jax.Array, Any]:
-        """h `[B,S,D]` -> h, and the cache `(keys, values)`, each `[B,T,K,H]`, with this call's written in.
-
-        `seeds` uint32 `[SITES,2]` turn dropout on.
-        """
-        mixed, cache = self._attend(self.input_norm(h), context, cache, seeds)
-        h = h + self.attention_norm(*self._read(mixed, seeds, 1, OUT))
-        inner = self._gated(self.mlp_norm(h), seeds)
-        return h + self.mlp_output_norm(*self._read(inner, seeds, 3, DOWN)), cache
-
-    def _attend(self, x: jax.Array, context: Context, cache: Any, seeds: jax.Array | None) -> tuple[jax.Array, Any]:
-        spec, places, (B, S, _) = self.spec, context.places, x.shape
-        q, k, v = self._qkv(x, seeds)
-        frequencies = ops.rope_frequencies(self.arch.rope, spec.head_dim)
-        q, k = (ops.rotate(t, places.q_positions, frequencies) for t in (self.q_norm(q), self.k_norm(k)))
-        q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
-        if cache is not None:
-            at = (0, context.start, 0, 0)
-            k, v = (jax.lax.dynamic_update_slice(old, new, at) for old, new in zip(cache, (k, v)))
-            cache = (k, v)
-        # The other kernels want keys in order, which a cache does not promise.
-        kernel = KERNELS["dense" if cache is not None else self.kernel]
-        scale = spec.head_dim**-0.5 if self.arch.query_scale is None else self.arch.query_scale
-        settings = {"scale": scale, "window": spec.window, "cap": self.arch.attention_cap, "mesh": context.mesh}
-        mixed = kernel(q, k, v, places, **settings)
-        return mixed.reshape(B, S, spec.heads * spec.head_dim), cache
-
-    def _qkv(self, x: jax.Array, seeds: jax.Array | None) -> list[jax.Array]:
-        """Queries `[B,S,N,H]`, keys and values `[B,S,K,H]`, from one fused projection or three."""
-        heads = (self.spec.heads, self.spec.kv_heads, self.spec.kv_heads)
-        parts = self._read(x, seeds, 0, QKV)
-        if len(parts) == 1:
-            ends = [self.spec.head_dim * sum(heads[: i + 1]) for i in range(2)]
-            parts = jnp.split(parts[0], ends, axis=-1)
-        return [part.reshape(*x.shape[:2], n, self.spec.head_dim) for part, n in zip(parts, heads)]
-
-    def _gated(self, x: jax.Array, seeds: jax.Array | None) -> jax.Array:
-        """activation(gate) · up, `[B,S,F]`, from one fused projection or two."""
-        parts = self._read(x, seeds, 2, GATE_UP)
-        gate, up = parts if len(parts) == 2 else jnp.split(parts[0], 2, axis=-1)
-        return ops.ACTIVATIONS[self.arch.activation](gate) * up
-
-    def _read(self, x: jax.Array, seeds: jax.Array | None, site: int, names: tuple[str, ...]) -> list[jax.Array]:
-        """What those of the named linears that the family has make of x; `site` counts the inputs of a layer's linears."""
-        readers = [getattr(self, name) for name in names if name in self.arch.linears]
-        made = read(readers, x, None if seeds is None else seeds[site])
-        return [checkpoint_name(part, "narrow" if names in (OUT, DOWN) else "wide") for part in made]
-
-
-def _unchanged(x: jax.Array) -> jax.Array:
-    """Stands where a family has no norm."""
-    return x
-
-
-class Stage(nnx.Module):
-    """`repeats` times a period of blocks, run as one scan over their stacked variables."""
-
-    def __init__(self, arch: Arch, cut: tuple[int, int, int], plan: Adaptation, dtype: Any, kernel: str):
-        first, period, repeats = cut
-        self.first, self.period, self.repeats = first, period, repeats
-        layers = [tuple(range(first + p, first + period * repeats, period)) for p in range(period)]
-        self.blocks = nnx.List([Block(arch, indices, plan, dtype, kernel) for indices in layers])
-
-    def __call__(
-        self, h: jax.Array, context: Context, cache: Any, seeds: jax.Array | None, remat: str, mesh: Mesh | None
-    ) -> tuple[jax.Array, Any]:
-        """`seeds` are uint32 `[all layers,SITES,2]`."""
-        graphdef, stacked = nnx.split(self.blocks)
-        stacked = gathered_pairs(stacked, h.dtype, mesh)
-        if seeds is not None:
-            own = seeds[self.first : self.first + self.repeats * self.period]
-            seeds = own.reshape(self.repeats, self.period, *seeds.shape[1:])
-
-        def body(h: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            state, drawn, kv = layer
-            written = []
-            for p, block in enumerate(nnx.merge(graphdef, state)):
-                h, new = block(h, context, None if kv is None else kv[p], None if drawn is None else drawn[p])
-                h = constrain(h, HIDDEN_AXES, mesh)
-                written.append(new)
-            return h, (None if kv is None else tuple(written))
-
-        return jax.lax.scan(_remat(body, remat), h, (stacked, seeds, cache))
-
-
-# What a policy keeps for the backward pass; the rest is computed again. Norms, rope and activations always are: of matmuls,
-# dots repeats none, qkv the gated layer's first two, full all.
-KEPT = {
-    "dots": ("wide", "narrow", "low", SAVED),
-    "qkv": ("qkv", "narrow", "low", SAVED),
-    "full": (),
-}
-
-
-def _remat(body: Any, policy: str) -> Any:
-    if policy == "none":
-        return body
-    kept = jax.checkpoint_policies.save_only_these_names(*KEPT[policy])
-    # Inside a scan nothing can be merged across the boundary, so the barrier that prevents it would only cost.
-    return jax.checkpoint(body, policy=kept, prevent_cse=False)
 
 
 class Decoder(nnx.Module):
@@ -218,9 +70,9 @@ class Decoder(nnx.Module):
         return base(plan, (names.head,), (arch.vocab_size, arch.dim), axes, dtype, stored=stored)
 
     def _record(self, layer: int, plan: Adaptation) -> tuple[LayerSpec, tuple[Any, ...]]:
-        """What must be equal for two layers to be stacked: shapes, and what is trained module by module."""
+        """What must be equal for two layers to be stacked: shapes, and what is trained module by module; not the window."""
         paths = [self.arch.module_path(layer, name) for name in (*self.arch.norms, *self.arch.linears)]
-        return self.arch.layers[layer], tuple(plan.of(path) for path in paths)
+        return replace(self.arch.layers[layer], window=None), tuple(plan.of(path) for path in paths)
 
     def __call__(self, tokens: Any, positions: Any = None, segment_ids: Any = None) -> jax.Array:
         """Float32 logits `[B,S,V]` of int tokens `[B,S]`; positions count from 0 and segments are all 1 where None."""

@@ -218,7 +218,7 @@ class Linear(nnx.Module):
         y = jnp.einsum("BSi,oi->BSo", x, self.kernel[...].astype(x.dtype))
         if self.adapter is not None:
             # x A first: A B as a matrix would cost in · out a token.
-            y = y + (low * self.adapter.scale) @ self.b[...].astype(x.dtype)
+            y = y + _raised(low * self.adapter.scale, self.b[...].astype(x.dtype))
             if self.adapter.dora:
                 # In fp32: bfloat16 would round a factor near 1 to steps of 0.4 %, and small changes would do nothing.
                 factor = (self.magnitude[...] / self._norm())[None, None, :]
@@ -270,6 +270,27 @@ def gathered_pairs(state: nnx.State, dtype: Any, mesh: Mesh | None) -> nnx.State
             axes = tuple(axis[0] if isinstance(axis, tuple) else None for axis in variable.axes)
             flat[path] = variable.replace(constrain(variable.get_value().astype(dtype), axes, mesh))
     return nnx.from_flat_state(flat)
+
+
+@jax.custom_vjp
+def _raised(low: jax.Array, b: jax.Array) -> jax.Array:
+    """low `[B,S,R]` times B `[R,out]`, with B's gradient as lowᵀ g.
+
+    JAX's own is (gᵀ low)ᵀ, for which XLA on a CPU writes gᵀ `[out,B·S]` out, and what g is made of with it.
+    """
+    return low @ b
+
+
+def _raised_forward(low: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return low @ b, (low, b)
+
+
+def _raised_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    low, b = kept
+    return jnp.einsum("BSo,Ro->BSR", g, b), jnp.einsum("BSR,BSo->Ro", low, g)
+
+
+_raised.defvjp(_raised_forward, _raised_backward)
 
 
 def _spread(axis: str) -> Axis:

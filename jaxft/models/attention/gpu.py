@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxft.errors import UserError
 from jaxft.models.attention.places import Places, lengthen, on_each_device
 
-# What both kernels' tiles and cuDNN's wish for an even length divide.
+# Rows are filled up to a multiple of this: of both kernels' tiles, and even, as cuDNN's backward pass wants them.
 LENGTHS = 128
 
 
@@ -52,7 +52,8 @@ def lacks(name: str, head_dim: int, cap: float | None, dtype: Any, capability: f
         return None
     first, beyond = limits.capability
     if not first <= capability < beyond:
-        return f"is for GPUs of compute capability {first:g} to below {beyond:g}, not {capability:g}"
+        until = "" if beyond == float("inf") else f" to below {beyond:g}"
+        return f"is for GPUs of compute capability {first:g}{until or ' or more'}, not {capability:g}"
     if head_dim > WIDEST_BEFORE and capability < HOPPER:
         return f"takes heads of {head_dim} from compute capability {HOPPER:g} on, not on {capability:g}"
     return None
@@ -92,9 +93,7 @@ def _cudnn(
     q, k, v, places = lengthen(q, k, v, places, -(-S // LENGTHS) * LENGTHS)
     mask = places.visible(window)[:, None]
     # Causal besides, which the mask already is, so that what nobody sees is skipped.
-    out = jax.nn.dot_product_attention(
-        q, k, v, mask=mask, scale=scale, is_causal=True, implementation=implementation
-    )  # fmt: skip
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True, implementation=implementation)
     return out[:, :S]
 
 
@@ -135,7 +134,7 @@ def _tokamax(
     mask = places.visible(window)[:, None]
     out = _library().dot_product_attention(
         q, k, v, mask=mask, scale=scale, is_causal=True, logits_soft_cap=cap, implementation=implementation
-    )  # fmt: skip
+    )
     return out[:, :S]
 
 
