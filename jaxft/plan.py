@@ -9,10 +9,13 @@ from jaxft.errors import UserError, run_verb
 
 if TYPE_CHECKING:
     import jax
+    from jax.sharding import Mesh
 
     from jaxft.learn.recompute import Compiled
+    from jaxft.weights.model import Source
 
 PROG = "python -m jaxft.plan"
+PLANNED_STEPS = 1000  # of a schedule whose length depends on rows that are not read; no shape depends on it
 
 
 def main(argv: list[str]) -> None:
@@ -24,27 +27,40 @@ def main(argv: list[str]) -> None:
 
 
 def lowered(settings: config.Config, topology: str) -> jax.stages.Lowered:
-    """The very training step that `train` runs, lowered for that TPU topology; with `model.remat` auto, under the policy
-    that fits its chips. Raises UserError, and OutOfResources where no policy fits."""
-    return compiled(settings, topology).lowered
+    """The very training step that `train` runs, lowered for that TPU topology.
+
+    With `model.remat` auto it is compiled first, to find the policy that fits the chips. Raises UserError, and
+    OutOfResources where no policy fits.
+    """
+    from jaxft.learn import recompute
+
+    policy = settings.model.remat
+    if policy == "auto":
+        policy = compiled(settings, topology).policy
+    found = recompute.traceable(settings, *_work(settings, topology), policy)
+    return found.step.lower(*found.inputs)
 
 
 def compiled(settings: config.Config, topology: str) -> Compiled:
-    """That step compiled. Rows are of data.max_length, as packed ones are; no row is read, and no weight."""
+    """That step compiled, and what it takes of a chip."""
     from jaxft.learn import recompute
+    from jaxft.parallel.mesh import usable_bytes
+
+    source, mesh, steps, shape = _work(settings, topology)
+    return recompute.compile_step(settings, source, mesh, steps, shape, usable_bytes(mesh))
+
+
+def _work(settings: config.Config, topology: str) -> tuple[Source, Mesh, int, tuple[int, int]]:
+    """Model, mesh, steps and batch. Rows are of data.max_length, as packed ones are; no row is read, and no weight."""
     from jaxft.parallel import topology as topologies
-    from jaxft.parallel.mesh import check_batch, make_mesh, usable_bytes
+    from jaxft.parallel.mesh import check_batch, make_mesh
     from jaxft.weights import model
 
     source = model.sketch(settings.model, settings.lora)
     mesh = make_mesh(settings.mesh, topologies.devices(topology))
     check_batch(settings.optim, mesh)
     shape = settings.optim.batch_size, min(settings.data.max_length, source.arch.max_positions)
-    steps = settings.optim.max_steps or PLANNED_STEPS
-    return recompute.compile_step(settings, source, mesh, steps, shape, usable_bytes(mesh))
-
-
-PLANNED_STEPS = 1000  # of a schedule whose length depends on rows that are not read; no shape depends on it
+    return source, mesh, settings.optim.max_steps or PLANNED_STEPS, shape
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from jax.sharding import Mesh
 from jaxft import config
 from jaxft.errors import OutOfResources
 from jaxft.learn import optim, step
+from jaxft.parallel.compilation import return_memory
 from jaxft.weights.model import Loaded, Source, outline
 
 # From the least arithmetic to the least memory.
@@ -31,7 +31,6 @@ class Compiled:
     policy: str
     outlined: Loaded
     optimizer: optax.GradientTransformation
-    lowered: jax.stages.Lowered
     executable: jax.stages.Compiled
     bytes: int
     seconds: float  # of tracing and compiling this policy
@@ -84,33 +83,24 @@ def compile_step(
     for policy in policies(settings.model.remat, mesh.devices.flat[0].platform):
         began = time.monotonic()
         found = traceable(settings, source, mesh, steps, shape, policy)
-        lowered = found.step.lower(*found.inputs)
-        executable = _executable(lowered)
-        _return_memory()
+        executable = _executable(found)
+        return_memory()
         needed = None if executable is None else device_memory(executable)
         if needed is not None and (device_bytes is None or needed <= device_bytes):
             seconds = time.monotonic() - began
-            made = found.outlined, found.optimizer, lowered, executable
-            return Compiled(policy, *made, needed, seconds, shape, tuple(tried))
+            return Compiled(policy, found.outlined, found.optimizer, executable, needed, seconds, shape, tuple(tried))
         tried.append((policy, needed))
     raise OutOfResources(_too_large(tried, device_bytes))
 
 
-def _executable(lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
+def _executable(found: Traceable) -> jax.stages.Compiled | None:
     """None where the compiler says that the program does not fit."""
     try:
-        return lowered.compile()
+        return found.step.lower(*found.inputs).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error):
             raise
         return None
-
-
-def _return_memory() -> None:
-    """Gives back what the compiler has freed, which the C library would keep: 250 MB, as much as a small model."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others have none
-    if trim is not None:
-        trim(0)
 
 
 def device_memory(executable: Any) -> int:

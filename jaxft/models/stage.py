@@ -61,18 +61,18 @@ class Stage(nnx.Module):
                 written.append(new)
             return h, (None if kv is None else tuple(written))
 
-        def body(h: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
+        def several(h: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
             written = []
             for t in range(turns):
-                turn = jax.tree.map(lambda x: x[t], layers)  # noqa: B023
-                h, new = one(h, turn, windows[t * self.period :])
+                h, new = one(h, jax.tree.map(lambda x: x[t], layers), windows[t * self.period :])  # noqa: B023
                 written.append(new)
             return h, jax.tree.map(lambda *x: jnp.stack(x), *written)
 
-        def cut(x: jax.Array) -> jax.Array:
-            return x.reshape(self.repeats // turns, turns, *x.shape[1:])
-
-        h, written = jax.lax.scan(_remat(body, remat), h, jax.tree.map(cut, (stacked, seeds, cache)))
+        variables = stacked, seeds, cache
+        if turns == 1:  # by itself, because a CPU's compiler copies every weight that is reshaped for the scan
+            return jax.lax.scan(_remat(lambda h, layer: one(h, layer, windows), remat), h, variables)
+        parted = jax.tree.map(lambda x: x.reshape(self.repeats // turns, turns, *x.shape[1:]), variables)
+        h, written = jax.lax.scan(_remat(several, remat), h, parted)
         return h, jax.tree.map(lambda x: x.reshape(self.repeats, *x.shape[2:]), written)
 
 

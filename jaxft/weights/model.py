@@ -17,6 +17,7 @@ from jaxft.models import decoder, lora, tensors
 from jaxft.models.arch import Arch
 from jaxft.models.attention import kernel_for
 from jaxft.models.families import arch_from_config, published
+from jaxft.parallel.compilation import return_memory
 from jaxft.parallel.mesh import make_mesh
 from jaxft.weights import keras, load, peft, shards
 from jaxft.weights.hub import local_folder, read_arch, read_json
@@ -141,6 +142,7 @@ def materialise(source: Source, mesh: Mesh, outlined: Loaded | None = None, *, s
     else:
         arrays = load.load_base(source.files, of_base, mesh)
     arrays |= load.fresh_adapter(rows, arrays, mesh, seed) if adapter is None else adapter.read(rows, mesh)
+    return_memory()
     return _parted(outlined.graphdef, arrays, outlined.trainable, rows, outlined.attention)
 
 
