@@ -57,6 +57,8 @@ class Lora:
     """The pair's product is scaled by alpha / rank."""
     dropout: float = 0.1
     """Probability of zeroing an element of the adapter's input, in training only."""
+    dropout_masks: Literal["shared", "separate"] = "shared"
+    """Of modules that read the same input (q, k, v; gate, up): one mask, or one each, as PEFT draws them, for more time."""
     bias: Literal["none", "lora_only", "all"] = "none"
     """Biases of the base trained too: those of the adapted modules (lora_only), or all."""
     targets: str | tuple[str, ...] = "all-linear"

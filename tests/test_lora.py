@@ -10,7 +10,7 @@ from jaxft.config import Lora
 from jaxft.errors import UserError
 from jaxft.models import decoder, ops, tensors
 from jaxft.models.families import arch_from_config
-from jaxft.models.lora import targets
+from jaxft.models.lora import Linear, adaptation, read, targets
 
 ARCH = arch_from_config({"model_type": "llama", **SIZES, "num_hidden_layers": 3})
 PATHS = list(ARCH.linear_shapes())
@@ -142,7 +142,7 @@ def test_dropout_is_on_in_training_alone_and_on_the_adapter_alone(folder):
 def test_layers_and_places_draw_their_own_dropout_masks(folder, monkeypatch):
     drawn = []
 
-    def recorded(x, rate, key):
+    def recorded(x, rate, key, **settings):
         jax.debug.callback(lambda data: drawn.append(tuple(np.asarray(data).tolist())), jax.random.key_data(key))
         return x
 
@@ -185,3 +185,21 @@ def test_parameter_counts_equal_pefts(rank, wanted, tied, tmp_path):
     ours = load(save(model, tmp_path), Lora(rank=rank, targets=wanted))
     theirs = peft_model(model, r=rank, target_modules=wanted if isinstance(wanted, str) else list(wanted))
     assert tensors.count_parameters(ours.rows) == theirs.get_nb_trainable_parameters()
+
+
+@pytest.mark.parametrize("masks", ["shared", "separate"])
+def test_modules_of_one_input_share_a_mask_unless_they_are_to_have_their_own(masks):
+    """Two pairs with A the identity and B ones over one input: a row's sum tells how much of it their mask kept."""
+    plan = adaptation(Lora(rank=64, alpha=64, dropout=0.5, dropout_masks=masks), ARCH)
+    paths = [f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj")]
+    made = [Linear((path,), (64, 3), ("embed", "ffn"), plan, bias=False, dtype=jnp.float32) for path in paths]
+    for layer in made:
+        layer.kernel.set_value(jnp.zeros((3, 64)))
+        layer.a.set_value(jnp.eye(64))
+        layer.b.set_value(jnp.ones((64, 3)))
+    gate, up = (np.asarray(y)[..., 0] for y in read(made, jnp.ones((2, 200, 64)), jnp.array([3, 4], jnp.uint32)))
+    assert np.array_equal(gate, up) == (masks == "shared")
+    for kept in (gate, up):
+        assert abs(kept.mean() / 64 - 1) < 4 / (2 * 200 * 64) ** 0.5
+    if masks == "separate":
+        assert abs(np.corrcoef(gate.ravel(), up.ravel())[0, 1]) < 4 / 400**0.5

@@ -270,7 +270,7 @@ def test_export_import_export_is_bitwise(kind, base, tmp_path):
     for source, target in ((first, second), (second, third)):
         loaded = load(base, adapter=str(source))
         adapter = open_adapter(source, read_arch(base))
-        save_adapter(target, loaded.rows, loaded.trainable, adapter.plan(0.0), read_arch(base), str(base))
+        save_adapter(target, loaded.rows, loaded.trainable, adapter.plan(None), read_arch(base), str(base))
     one, two = (safetensors.numpy.load_file(f / "adapter_model.safetensors") for f in (first, second))
     assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
     for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -144,11 +144,10 @@ def _over(head: _Head, reduce: Any, x: jax.Array) -> jax.Array:
 
 
 def _chunk_size(tokens: int, largest: int) -> int:
-    """Tokens per chunk: equal chunks, as few as `largest` allows, in multiples of 128 where there are several."""
-    if tokens <= largest:
-        return tokens
-    chunks = -(-tokens // largest)
-    return min(-(-tokens // (chunks * 128)) * 128, largest)
+    """Tokens per chunk: at most `largest`, and so that chunks are equal where at most twice as many of them can be."""
+    fewest = -(-tokens // largest)
+    chunks = next((n for n in range(fewest, 2 * fewest) if tokens % n == 0), fewest)
+    return -(-tokens // chunks)
 
 
 def _supervised_first(supervised: jax.Array, chunk: int) -> jax.Array:

@@ -48,6 +48,7 @@ class Adapter:
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
+    own_mask: bool = False  # of dropout, apart from those of modules that read the same input
 
     @property
     def scale(self) -> float:
@@ -94,7 +95,13 @@ def adaptation(lora: Lora | None, arch: Arch) -> Adaptation:
     paths = targets(lora.targets, arch)
     ranks = by_pattern(lora.rank_pattern, paths, lora.rank, "lora.rank_pattern")
     alphas = by_pattern(lora.alpha_pattern, paths, lora.alpha, "lora.alpha_pattern")
-    adapters = {p: Adapter(ranks[p], float(alphas[p]), lora.dropout, lora.rslora, lora.dora) for p in paths}
+    kind = {
+        "dropout": lora.dropout,
+        "rslora": lora.rslora,
+        "dora": lora.dora,
+        "own_mask": lora.dropout_masks == "separate",
+    }
+    adapters = {p: Adapter(ranks[p], float(alphas[p]), **kind) for p in paths}
     modules = in_full(lora.train_modules, arch)
     both = sorted(modules & adapters.keys())
     if both:
@@ -239,21 +246,27 @@ class Linear(nnx.Module):
 
 
 def read(readers: Sequence[Linear], x: jax.Array, seed: jax.Array | None) -> list[jax.Array]:
-    """What several linear layers make of x `[B,S,in]`, each `[B,S,out]`.
-
-    `seed` uint32 `[2]` turns the adapters' dropout on, one mask for all of them; their A are one matrix in one product, because
-    a few columns take as long as many.
-    """
+    """What several linear layers make of x `[B,S,in]`, each `[B,S,out]`; `seed` uint32 `[2]` turns adapters' dropout on."""
     adapted = [reader for reader in readers if reader.adapter is not None]
     if not adapted:
         return [reader(x) for reader in readers]
-    rate = max(reader.adapter.dropout for reader in adapted)
-    dropped = x if seed is None or rate == 0 else ops.dropout(x, rate, seed)
-    low = dropped @ jnp.concatenate([reader.a[...] for reader in adapted], axis=1).astype(x.dtype)
-    low = checkpoint_name(low, "low")
-    ends = np.cumsum([reader.adapter.rank for reader in adapted])[:-1]
-    lows = iter(jnp.split(low, ends, axis=2))
+    if seed is not None and adapted[0].adapter.own_mask:
+        seeds = [seed + np.uint32(i) for i in range(len(adapted))]
+        parts = [_lowered([reader], x, own)[0] for reader, own in zip(adapted, seeds)]
+    else:
+        parts = _lowered(adapted, x, seed)
+    lows = iter(parts)
     return [reader(x, None if reader.adapter is None else next(lows)) for reader in readers]
+
+
+def _lowered(readers: Sequence[Linear], x: jax.Array, seed: jax.Array | None) -> list[jax.Array]:
+    """dropout(x) A of each reader, `[B,S,R]`, under one mask; in one product, because a few columns take as long as many."""
+    rate = max(reader.adapter.dropout for reader in readers)
+    # Fused into a product of several A, the mask takes a TPU's compiler as long as all the rest of the layer.
+    dropped = x if seed is None or rate == 0 else ops.dropout(x, rate, seed, fused=len(readers) == 1)
+    low = dropped @ jnp.concatenate([reader.a[...] for reader in readers], axis=1).astype(x.dtype)
+    ends = np.cumsum([reader.adapter.rank for reader in readers])[:-1]
+    return jnp.split(checkpoint_name(low, "low"), ends, axis=2)
 
 
 def gathered_pairs(state: nnx.State, dtype: Any, mesh: Mesh | None) -> nnx.State:

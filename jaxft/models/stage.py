@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxft.models.arch import Arch
-from jaxft.models.attention import SAVED
+from jaxft.models.attention import SAVED, saved
 from jaxft.models.block import Block, Context
 from jaxft.models.lora import Adaptation, gathered_pairs
 from jaxft.parallel.sharding import constrain
@@ -88,6 +88,9 @@ def _turns(windows: Sequence[int | None], period: int, repeats: int) -> int:
 def _remat(body: Any, policy: str) -> Any:
     if policy == "none":
         return body
-    kept = jax.checkpoint_policies.save_only_these_names(*KEPT[policy])
+    policies, names = jax.checkpoint_policies, KEPT[policy]
+    kept = policies.save_only_these_names(*names)
+    if SAVED in names:  # also where a kernel's results have no name
+        kept = policies.save_from_both_policies(kept, saved)
     # Inside a scan nothing can be merged across the boundary, so the barrier that prevents it would only cost.
     return jax.checkpoint(body, policy=kept, prevent_cse=False)

@@ -78,8 +78,7 @@ def find(model: config.Model, adaptation: config.Lora | str | None = "base") -> 
     files = None if model.init != "weights" else preset.files if preset else shards.open_folder(folder)
     adapter = peft.open_adapter(Path(model.adapter), arch) if model.adapter else None
     if adapter is not None:
-        dropout = adaptation.dropout if isinstance(adaptation, config.Lora) else 0.0
-        plan = adapter.plan(dropout)
+        plan = adapter.plan(adaptation if isinstance(adaptation, config.Lora) else None)
     elif adaptation == "base":
         plan = lora.Adaptation()
     else:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxft.config import Lora
 from jaxft.errors import UserError
 from jaxft.models import lora
 from jaxft.models.arch import Arch
@@ -43,9 +44,12 @@ class AdapterFiles:
     adaptation: lora.Adaptation
     tensors: Mapping[str, Slice]
 
-    def plan(self, dropout: float) -> lora.Adaptation:
-        """What the adapter adapts, with `dropout` where training goes on."""
-        pairs = {path: replace(pair, dropout=dropout) for path, pair in self.adaptation.adapters.items()}
+    def plan(self, training: Lora | None) -> lora.Adaptation:
+        """What the adapter adapts, with the dropout of `training` where that goes on."""
+        dropout = (
+            {} if training is None else {"dropout": training.dropout, "own_mask": training.dropout_masks == "separate"}
+        )
+        pairs = {path: replace(pair, **dropout) for path, pair in self.adaptation.adapters.items()}
         return replace(self.adaptation, adapters=pairs)
 
     def check(self, rows: Iterable[Tensor]) -> None:
