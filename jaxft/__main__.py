@@ -8,6 +8,7 @@ import sys
 from jaxft.errors import UserError, run_verb
 
 VERBS = {
+    "plan": "compile the training step for a TPU slice, without one",
     "preview": "show a run's rows as they will be trained, without weights",
     "train": "fine-tune a model and export the best adapter",
     "generate": "continue prompts with a base model or an adapter",

@@ -20,6 +20,14 @@ SOLID = {
 SHAPES = {"v4": SOLID, "v5e": FLAT, "v5p": SOLID, "v6e": FLAT}
 
 
+# Without these libtpu asks the machine's metadata server, complains that it is not a TPU's, and takes a lock that only one
+# process may hold. What they name does not matter to a compiler.
+QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Topology:
     """One or more slices of a TPU; `v5e-8` is eight chips, `v5p-8` four, `2xv5e-16` two slices of sixteen."""
@@ -46,9 +54,8 @@ def parse(name: str) -> Topology:
 def devices(name: str) -> list[Any]:
     """The devices of a topology, to compile for; a v4 chip is two here, one a core. UserError where libtpu is not installed."""
     topology = parse(name)
-    # libtpu otherwise asks the machine's metadata server, and takes a lock that only one process may hold.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     shape = SHAPES[topology.kind][topology.chips]

@@ -42,12 +42,30 @@ def _dense(
     B, S, N, H = q_BSNH.shape
     K = k_BTKH.shape[2]
     q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
-    scores = jnp.einsum("BSKGH,BTKH->BKGST", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32) * scale
+    scores = _scores(q_BSKGH, k_BTKH) * scale
     visible = places.visible(window)
     # Finite, so that a row that sees nothing (an unused cache row) is uniform and not NaN.
     scores = jnp.where(visible[:, None, None], soft_cap(scores, cap), jnp.float32(-1e30))
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BTKH.dtype)
     return jnp.einsum("BKGST,BTKH->BSKGH", weights, v_BTKH).reshape(B, S, N, H)
+
+
+@jax.custom_vjp
+def _scores(q_BSKGH: jax.Array, k_BTKH: jax.Array) -> jax.Array:
+    """Products `[B,K,G,S,T]` in fp32, whose gradient is rounded to q's dtype: else a GPU multiplies in fp32 backwards."""
+    return jnp.einsum("BSKGH,BTKH->BKGST", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32)
+
+
+def _scores_forward(q: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _scores(q, k), (q, k)
+
+
+def _scores_backward(kept: tuple[jax.Array, jax.Array], given: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (q, k), given = kept, given.astype(kept[0].dtype)
+    return jnp.einsum("BKGST,BTKH->BSKGH", given, k), jnp.einsum("BKGST,BSKGH->BTKH", given, q)
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
 
 
 def blocked(
