@@ -48,3 +48,13 @@ def few_threads():
     import torch
 
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def no_cache_of_programs_from_another_test():
+    """A run turns the cache on for its process, which in a test is everybody's."""
+    from jaxft.parallel.compilation import forget
+
+    yield
+    if jax.config.jax_compilation_cache_dir is not None:
+        forget()

@@ -169,6 +169,18 @@ def test_evaluation_sums_what_training_sums_and_counts_what_is_the_most_likely(p
     assert float(sums.correct) == rows["weights"][:, ::2].sum()
 
 
+def test_neither_training_nor_evaluation_holds_all_logits(tmp_path):
+    """Whatever a chunk takes; `[B,S,V]` in float32 would be 67 MB."""
+    run = Run(save(llama(vocab_size=65536, tie_word_embeddings=True), tmp_path))
+    rows = batch(rows=8, length=32)
+    evaluate = make_eval_step(run.loaded, run.mesh).lower(run.loaded.trainable, run.loaded.frozen, rows).compile()
+    train = run.step.lower(
+        initial_state(run.loaded, run.optimizer, run.mesh), run.loaded.frozen, rows, jax.random.key(0)
+    ).compile()
+    for executable in (evaluate, train):
+        assert executable.memory_analysis().temp_size_in_bytes < 8 * 32 * 65536 * 4 / 2
+
+
 def test_frozen_weights_get_no_gradient_and_no_optimizer_state(plain):
     frozen = jax.tree.map(np.asarray, plain.loaded.frozen)
     state, _ = plain(batch())

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +13,9 @@ from jaxft import config, plan
 from jaxft.errors import OutOfResources
 from jaxft.learn import recompute
 from jaxft.parallel import topology
+from jaxft.parallel.compilation import keep_compiled, kept_only_for
 from jaxft.parallel.mesh import make_mesh
+from jaxft.parallel.sharding import replicated
 from jaxft.weights import model
 from tests.benchmarks import flops
 from tests.benchmarks.step import moved
@@ -114,13 +117,41 @@ def test_the_policy_is_the_cheapest_that_fits(tmp_path):
     cheapest = chosen(None)
     assert (cheapest.policy, cheapest.too_large) == ("dots", ())
     found = chosen(cheapest.bytes - 1)
-    assert (found.policy, found.too_large) == ("qkv", (("dots", cheapest.bytes),))
+    assert (found.policy, [name for name, _ in found.too_large]) == ("qkv", ["dots"])
     assert found.bytes < 0.8 * cheapest.bytes
     assert f"remat qkv, {found.bytes / 2**30:.2f} GiB per device; dots" in found.said()
     with pytest.raises(
         OutOfResources, match=r"does not fit the 0\.0 GiB of a device .*full \(0\.\d GiB\)\); lower optim"
     ):
         chosen(2**20, "full")
+
+
+@pytest.mark.parametrize(
+    ("rows", "policy", "gib"), [(8, "dots", 6.96), (16, "dots", 11.25), (32, "qkv", 10.73), (32, "full", 4.82)]
+)
+def test_what_a_step_must_hold_is_known_before_it_is_compiled(rows, policy, gib):
+    """Beside what the compiler said of Gemma 2 9B on v5e-8 (tests/benchmarks/step.py, 2026-11-21)."""
+    settings = config.load("gemma2_9b.py")
+    source = model.sketch(settings.model, settings.lora)
+    mesh = make_mesh(devices=topology.devices("v5e-8"))
+    found = recompute.traceable(settings, source, mesh, 1000, (rows, 1024), policy)
+    assert 0.65 < recompute.least_bytes(found, source, mesh) / 2**30 / gib < 1
+
+
+def test_a_plan_leaves_the_cache_of_programs_alone(tmp_path):
+    """What is compiled for a slice that is not here cannot be read back from it."""
+    keep_compiled(str(tmp_path))
+    for _ in range(2):
+        with kept_only_for(topology.devices("v5e-1")):
+            jax.jit(jnp.sin).lower(abstract_on("v5e-1")).compile()
+    assert not list(tmp_path.rglob("*-cache"))
+    jax.jit(jnp.cos)(jnp.ones(3))
+    assert list(tmp_path.rglob("*-cache"))
+
+
+def abstract_on(where):
+    mesh = make_mesh(devices=topology.devices(where))
+    return jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=replicated(mesh))
 
 
 def test_the_plan_lowers_the_step_that_train_compiles(settings, compiled):
@@ -137,17 +168,9 @@ def test_the_plan_lowers_the_step_that_train_compiles(settings, compiled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("where", "rows", "policy", "gib"),
-    [
-        ("v5e-8", 8, "dots", 8.0),
-        ("v5e-8", 16, "dots", 13.4),
-        ("v5e-8", 32, "full", 9.3),
-        ("v6e-8", 32, "dots", 22.2),
-        ("v6e-1", 4, "full", 19.7),
-    ],
-)
-def test_gemma_2_9b_takes_no_more_of_a_chip_than_this(where, rows, policy, gib):
-    _, found = traced("gemma2_9b.py", policy, where, rows)
+@pytest.mark.parametrize(("rows", "gib"), [(8, 8.0), (16, 13.4)])
+def test_gemma_2_9b_takes_no_more_of_a_v5e_chip_than_this(rows, gib):
+    """Other slices take minutes to compile for: `python -m tests.benchmarks.step`."""
+    _, found = traced("gemma2_9b.py", "dots", "v5e-8", rows)
     executable = found.step.lower(*found.inputs).compile()
     assert recompute.device_memory(executable) / 2**30 <= gib

@@ -132,6 +132,7 @@ def test_chosen_steps_are_traced_for_tensorboard_in_every_start_that_runs_them(t
     assert traced(tmp_path) == [[7], [7, 8]]
 
 
+@pytest.mark.slow  # test_families_on_a_mesh and test_step hold eight devices against one in less time
 def test_eight_devices_log_the_losses_of_one(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", jax.local_devices)
     start(tmp_path, "--mesh.data", "4", "--mesh.fsdp", "2", "--optim.max_steps", "20")

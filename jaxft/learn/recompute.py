@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ from jax.sharding import Mesh
 from jaxft import config
 from jaxft.errors import OutOfResources
 from jaxft.learn import optim, step
-from jaxft.parallel.compilation import return_memory
+from jaxft.models.arch import Arch, LayerSpec
+from jaxft.parallel.compilation import kept_only_for, return_memory
+from jaxft.parallel.sharding import batch_ways
 from jaxft.weights.model import Loaded, Source, outline
 
 # From the least arithmetic to the least memory.
 POLICIES = ("dots", "qkv", "full")
+HOPELESS = 1.1  # times a device's memory; what must be held at least is an estimate
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Traceable(NamedTuple):
     optimizer: optax.GradientTransformation
     step: Any  # a jitted function
     inputs: tuple[Any, ...]
+    policy: str
 
 
 def traceable(
@@ -69,7 +74,8 @@ def traceable(
     optimizer = optim.optimizer(settings.optim, steps, outlined.rows)
     parts = settings.optim.accumulation_steps
     train_step = step.make_train_step(outlined, optimizer, mesh, accumulation_steps=parts)
-    return Traceable(outlined, optimizer, train_step, step.abstract_inputs(outlined, optimizer, mesh, shape))
+    inputs = step.abstract_inputs(outlined, optimizer, mesh, shape)
+    return Traceable(outlined, optimizer, train_step, inputs, policy)
 
 
 def compile_step(
@@ -83,7 +89,12 @@ def compile_step(
     for policy in policies(settings.model.remat, mesh.devices.flat[0].platform):
         began = time.monotonic()
         found = traceable(settings, source, mesh, steps, shape, policy)
-        executable = _executable(found)
+        least = least_bytes(found, source, mesh, settings.optim.accumulation_steps)
+        if device_bytes is not None and least > HOPELESS * device_bytes:  # compiling would take minutes to say the same
+            tried.append((policy, least))
+            continue
+        with kept_only_for(mesh.devices.flat):
+            executable = _executable(found)
         return_memory()
         needed = None if executable is None else device_memory(executable)
         if needed is not None and (device_bytes is None or needed <= device_bytes):
@@ -101,6 +112,36 @@ def _executable(found: Traceable) -> jax.stages.Compiled | None:
         if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error):
             raise
         return None
+
+
+def least_bytes(found: Traceable, source: Source, mesh: Mesh, accumulation_steps: int = 1) -> int:
+    """Bytes that the step must hold on a device: its arguments, and what its policy keeps for each token of each layer from
+    the lowest trained one up."""
+    arrays = [x for x in jax.tree.leaves(found.inputs) if x.sharding is not None]
+    arguments = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+    rows, length = found.inputs[2]["tokens"].shape
+    tokens = rows * length // (accumulation_steps * batch_ways(mesh))
+    trained = {path for row in found.outlined.rows if row.trainable for path in row.names}
+    names = [source.arch.names.layer.format(i) + "." for i in range(len(source.arch.layers))]
+    lowest = next((i for i, name in enumerate(names) if any(path.startswith(name) for path in trained)), len(names))
+    kept = sum(_kept(layer, source.arch, found.policy, mesh.shape["tensor"]) for layer in source.arch.layers[lowest:])
+    return arguments + tokens * kept * source.dtype.itemsize
+
+
+def _kept(layer: LayerSpec, arch: Arch, policy: str, tensor: int) -> int:
+    """Elements of one layer kept for one token: as `models.stage.KEPT` names them, and the layer's input."""
+    q, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    narrow = arch.dim * (1 if arch.names.mlp_output_norm is None else 2)
+    attention = (2 * q + 2 * kv) // tensor  # queries, keys, values and what comes of them
+    return (
+        arch.dim
+        + {
+            "none": attention + narrow + 2 * layer.ffn // tensor,
+            "dots": attention + narrow + 2 * layer.ffn // tensor,
+            "qkv": attention + narrow,
+            "full": 0,
+        }[policy]
+    )
 
 
 def device_memory(executable: Any) -> int:

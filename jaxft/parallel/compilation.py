@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import hashlib
 import platform
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 
 def keep_compiled(folder: str | None) -> None:
@@ -35,6 +39,27 @@ def keep_compiled(folder: str | None) -> None:
     # JAX by itself keeps what took a second to compile; a start runs many smaller programs, which add up.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@contextlib.contextmanager
+def kept_only_for(devices: Iterable[Any]) -> Iterator[None]:
+    """Compiles without the cache for devices that are not here: what was compiled for those cannot be read back."""
+    folder = jax.config.jax_compilation_cache_dir
+    if folder is None or set(devices) <= set(jax.devices()):
+        yield
+        return
+    forget()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()
+
+
+def forget() -> None:
+    """Has JAX keep no program from here on."""
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 def return_memory() -> None:
