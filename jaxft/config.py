@@ -38,8 +38,8 @@ class Model:
     init: Literal["weights", "random"] = "weights"
     """random starts from run.seed and reads only config.json and the tokenizer (pretraining, with lora None)."""
     remat: Literal["auto", "none", "dots", "qkv", "full"] = "auto"
-    """Activations kept for the backward pass: none recomputes nothing, dots keeps matmul outputs, qkv keeps the
-    attention's, full keeps only layer inputs."""
+    """Activations kept for the backward pass: none recomputes nothing, dots keeps every matmul's output, qkv the attention's,
+    full only layer inputs. auto takes the first of dots, qkv and full that the compiler fits into the device; dots on a CPU."""
     attention: Literal["auto", "dense", "blocked", "splash", "cudnn", "tokamax"] = "auto"
     """Attention kernel; auto is blocked on a CPU, splash on a TPU, and on a GPU in bfloat16 cudnn, or tokamax where
     scores are capped and it is installed; dense (plain XLA) where these cannot compute the model."""

@@ -40,7 +40,9 @@ KINDS = {
     "biases of the adapted modules": {"target_modules": ["q_proj", "up_proj"], "bias": "lora_only"},
     "every bias": {"target_modules": ["q_proj", "up_proj"], "bias": "all"},
     "DoRA": {"target_modules": "all-linear", "use_dora": True, "r": 4},
-    "rank-stabilised DoRA with biases": {"target_modules": ["o_proj", "k_proj"], "use_dora": True, "use_rslora": True, "bias": "all"},
+    "rank-stabilised DoRA with biases": {
+        "target_modules": ["o_proj", "k_proj"], "use_dora": True, "use_rslora": True, "bias": "all",
+    },
     "head in full": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "embedding, a norm and a linear in full": {
         "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "model.norm", "input_layernorm", "k_proj"],

@@ -122,7 +122,7 @@ def rows(data, file):
     return file
 
 
-QUICK = ("openelm_3b.py",)  # the two that differ most from Llama; each takes a quarter of a minute
+QUICK = ("openelm_3b.py",)  # the one that differs most from Llama; each takes a quarter of a minute
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])
