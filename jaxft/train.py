@@ -115,7 +115,8 @@ def start(job: Job, folder: RunFolder) -> Started:
     arguments = settings, job.source, mesh, job.steps, job.data.train.largest_batch, usable_bytes(mesh)
     with ThreadPoolExecutor(1) as pool:  # compiling holds neither Python's lock nor the disk
         compiling = pool.submit(recompute.compile_step, *arguments)
-        loaded = model.materialise(job.source, mesh, seed=settings.run.seed)
+        outlined = model.outline(job.source, mesh, attention=settings.model.attention)
+        loaded = model.materialise(job.source, mesh, outlined, seed=settings.run.seed)
         compiled = compiling.result()
     loaded = replace(loaded, graphdef=compiled.outlined.graphdef)
     state, stand = step.initial_state(loaded, compiled.optimizer, mesh), None

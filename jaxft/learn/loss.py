@@ -15,6 +15,8 @@ from jaxft.models.vocabulary import ROWS, vocabulary_split
 
 CHUNK_ELEMENTS = 1 << 25  # logits that a device holds at once: 128 MiB in float32
 MIN_CHUNK = 512  # tokens; with fewer, reading the head takes longer than computing with it
+# On a CPU: tokens, and the columns of their logits at once, so that these stay in its cache.
+SWEPT_CHUNK, COLUMNS = 1024, 2048
 
 
 class Tally(NamedTuple):
@@ -36,6 +38,11 @@ class _Head(NamedTuple):
     split: tuple[str, ...]  # mesh axes over which its rows lie
     mesh: Mesh | None
     swept: bool  # over parts of the vocabulary instead of whole rows of logits
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The mesh axes over which devices hold other tokens as well as other rows of the head."""
+        return tuple(axis for axis in self.split if axis in ROWS)
 
 
 class _Sums(NamedTuple):
@@ -100,13 +107,14 @@ def _local(
 ) -> _Sums:
     """One device's share. Its rows are shared with the fsdp group where that holds other parts of the vocabulary."""
     (B, S, D), V = h.shape, head_VD.shape[0]
-    shared = tuple(axis for axis in head.split if axis in ROWS)
-    ways = head.mesh.shape["fsdp"] if shared else 1
+    ways = head.mesh.shape["fsdp"] if head.shared else 1
     largest = SWEPT_CHUNK if head.swept else max(1, MIN_CHUNK // ways, CHUNK_ELEMENTS // (V * ways))
     chunk = _chunk_size(B * S, largest)
     supervised = weights.reshape(-1) > 0
     order = _supervised_first(supervised, chunk)
-    needed = _over(head, jax.lax.pmax, jnp.sum(supervised.astype(jnp.int32)))
+    needed = jnp.sum(supervised.astype(jnp.int32))
+    if head.mesh is not None:  # all devices go through a chunk together, or none does
+        needed = jax.lax.pmax(needed, head.mesh.axis_names)
     flat = h.reshape(-1, D), targets.reshape(-1), weights.reshape(-1)
 
     def compute(total: _Sums, indices: jax.Array) -> _Sums:
@@ -130,17 +138,13 @@ def _local(
     firsts = jnp.arange(0, order.size, chunk, dtype=jnp.int32)
     sums, _ = jax.lax.scan(one, start, (firsts, order.reshape(-1, chunk)))
     if head.mesh is not None:
-        apart = tuple(axis for axis in ROWS if axis not in shared)
+        apart = tuple(axis for axis in ROWS if axis not in head.shared)
         sums = sums._replace(**jax.tree.map(lambda x: jax.lax.psum(x, apart), {"tally": sums.tally, "head": sums.head}))
     return _Sums(
         sums.tally,
         None if sums.hidden is None else sums.hidden.reshape(B, S, D),
         None if sums.head is None else sums.head.astype(head_VD.dtype),
     )
-
-
-def _over(head: _Head, reduce: Any, x: jax.Array) -> jax.Array:
-    return x if head.mesh is None else reduce(x, head.mesh.axis_names)
 
 
 def _chunk_size(tokens: int, largest: int) -> int:
@@ -163,9 +167,8 @@ def _chunk(
     head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool
 ) -> _Sums:
     """Sums and gradients of `[T]` tokens with hidden `[T,D]`; logits `[T,V]` live here only, in float32."""
-    shared = tuple(axis for axis in head.split if axis in ROWS)
-    if shared:
-        h, targets, weights = (jax.lax.all_gather(x, shared, axis=0, tiled=True) for x in (h, targets, weights))
+    if head.shared:
+        h, targets, weights = (jax.lax.all_gather(x, head.shared, axis=0, tiled=True) for x in (h, targets, weights))
     kernel = head_VD.astype(h.dtype)
     raw = jnp.einsum("TD,VD->TV", h, kernel, preferred_element_type=jnp.float32)
     bent = None if head.cap is None else jnp.tanh(raw / head.cap)
@@ -189,16 +192,12 @@ def _chunk(
         of_logits = of_logits * (1 - jnp.square(bent))
     of_logits = of_logits.astype(h.dtype)
     of_h = jnp.einsum("TV,VD->TD", of_logits, kernel, preferred_element_type=jnp.float32)
-    if shared:
-        of_h = jax.lax.psum_scatter(of_h, shared, scatter_dimension=0, tiled=True)
+    if head.shared:
+        of_h = jax.lax.psum_scatter(of_h, head.shared, scatter_dimension=0, tiled=True)
     if "tensor" in head.split:
         of_h = jax.lax.psum(of_h, "tensor")
     of_head = jnp.einsum("TV,TD->VD", of_logits, h, preferred_element_type=jnp.float32) if head.trained else None
     return _Sums(sums, of_h.astype(h.dtype), of_head)
-
-
-SWEPT_CHUNK = 1024  # tokens
-COLUMNS = 2048  # of logits at once on a CPU, so that they stay in its cache
 
 
 def _swept(

@@ -19,7 +19,6 @@ SOLID = {
 }  # fmt: skip
 SHAPES = {"v4": SOLID, "v5e": FLAT, "v5p": SOLID, "v6e": FLAT}
 
-
 # Without these libtpu asks the machine's metadata server, complains that it is not a TPU's, and takes a lock that only one
 # process may hold. What they name does not matter to a compiler.
 QUIET = {
@@ -41,8 +40,8 @@ class Topology:
 def parse(name: str) -> Topology:
     """What a name says. Raises UserError for a kind or a size that Google does not offer."""
     found = re.fullmatch(r"(?:(\d+)x)?(v\d+[ep]?)-(\d+)", name)
-    kind = found and {"v5litepod": "v5e"}.get(found[2], found[2])
-    if not found or kind not in SHAPES:
+    kind = found[2] if found else ""
+    if kind not in SHAPES:
         raise UserError(f"topology {name!r}: expected a kind and a size, such as v5e-8; kinds are {', '.join(SHAPES)}")
     chips, over = divmod(int(found[3]), CORES_PER_CHIP.get(kind, 1))
     if over or chips not in SHAPES[kind]:
