@@ -164,7 +164,7 @@ def _facts(job: Job, loaded: Loaded, compiled: Compiled, before: dict[str, Any])
             "adapter": adapter and {"rank": adapter.rank, "alpha": adapter.alpha, "dropout": adapter.dropout},
         },
         "data": job.data.facts,
-        "step": {
+        "program": {
             "attention": loaded.attention, "remat": compiled.policy, "device_bytes": compiled.bytes,
             "compile_seconds": compiled.seconds,
         },
