@@ -23,7 +23,8 @@ def make_mesh(mesh: config.Mesh = config.Mesh(), devices: Sequence[Any] | None =
 
     `mesh.data`, `fsdp` and `tensor` share out the devices of one slice. Axis "data" holds the slices too, as its slowest
     part: between slices, over the data-centre network, only gradients of trained parameters travel. Within a slice of a TPU
-    JAX lays neighbours on an axis beside each other on the wires. Raises UserError where the numbers do not multiply to the devices.
+    JAX lays neighbours on an axis beside each other on the wires. Raises UserError where the numbers do not multiply to the
+    devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     slices = _slices(mesh.slices, devices)
