@@ -1,0 +1,142 @@
+"""Numbers and equations in a solution's text, read exactly, with what is false among them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+ANNOTATION = re.compile(r"<<([^<>]*)>>")
+_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?!\d)"
+NUMBER = re.compile(_NUMBER)
+# A run of numbers and operators on one line, an equals sign, and the number after it, which may begin the next run.
+_EQUATION = re.compile(rf"([\d\s()$.,%+\-*/x×÷·−–]+)=(?=\s*(-?\s*\$?\s*-?{_NUMBER})(.{{0,8}}))", re.ASCII)
+_TOKEN = re.compile(rf"\s*({_NUMBER}|[-+*/()%])")
+_SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "$": " "})
+_TIMES = re.compile(r"(?<=[\d)%])(\s*)x(?=\s*[\d($.])")  # 3 x 4, but not 3x + 4
+_RESULT = re.compile(rf"^[\s$-]*{_NUMBER}(?=[.,]?\s)")
+# What shows, after the number, that it was not the whole side.
+_GOES_ON = re.compile(r"\s*[-+*/x×÷^−–·]\s*[\w($.]|\s?(?:%|/|[A-Za-z]\b|:\d|\d{3}\b|cents?\b)")
+_AMBIGUOUS = re.compile(r"/\s*\d+\s*/\s*\d")  # 2000 / 2/3 is meant as 2000 / (2/3) or not
+
+
+def value(text: str) -> Fraction:
+    """A number as NUMBER matches it."""
+    return Fraction(text.replace(",", ""))
+
+
+@dataclass(frozen=True)
+class Equation:
+    """`text` as written, the value of its left side, and what it claims, with how many decimals."""
+
+    text: str
+    computed: Fraction
+    claimed: Fraction
+    decimals: int
+
+    @property
+    def true(self) -> bool:
+        """Whether the claim is the value, or the value rounded or cut to as many decimals as the claim shows.
+
+        391 is not 390, but 10 / 3 is 3.33 and 7 / 2 is 3 or 4: only what cannot be written so short may be off.
+        """
+        step = Fraction(1, 10**self.decimals)
+        exact = self.computed % step == 0
+        return self.claimed == self.computed or (not exact and abs(self.claimed - self.computed) < step)
+
+
+def equations(text: str) -> list[Equation]:
+    """Equations of numbers alone in calculator annotations and in the text around them; what cannot be read is left out."""
+    inside = [found for match in ANNOTATION.findall(text) if (found := _annotation(match))]
+    return inside + list(_plain(ANNOTATION.sub("", text)))
+
+
+def _annotation(text: str) -> Equation | None:
+    left, _, right = text.rpartition("=")
+    shown = re.fullmatch(rf"\s*-?\$?({_NUMBER})%?\s*", right)
+    computed = evaluate(left) if shown else None
+    if shown is None or computed is None:
+        return None
+    claimed = value(shown[1]) * (-1 if right.strip().startswith("-") else 1)
+    return Equation(text, computed, claimed, _decimals(shown[1]))
+
+
+def _plain(text: str) -> Iterator[Equation]:
+    for line in text.split("\n"):
+        for match in _EQUATION.finditer(line):
+            before = line[: match.start()][-1:]
+            left = _left(match[1], before)
+            # `2n + 3 = 9` and `hours * 4 = 12` are no equations of numbers, and `= 6 + 4` goes on after its 6.
+            if left is None or _GOES_ON.match(match[3]) or _AMBIGUOUS.search(left):
+                continue
+            computed, shown = evaluate(left), NUMBER.search(match[2])
+            if computed is not None and shown is not None:
+                claimed = value(shown[0]) * (-1 if "-" in match[2] else 1)
+                yield Equation(f"{left} = {match[2]}", computed, claimed, _decimals(shown[0]))
+
+
+def _left(run: str, before: str) -> str | None:
+    """The left side in a run of numbers and operators after the character `before`; None where it begins outside."""
+    if not run[0].isspace() and (before.isalnum() or before in ("^", "_", "%")):
+        return None
+    if before == "=" and evaluate(run) is None:  # `2+3 = 5, 5+4 = 9`: the run begins with the result before
+        run = _RESULT.sub("", run, count=1)
+    left = re.sub(r"^(?:[.,]?\s|\))+", "", run).rstrip()
+    return None if left.startswith(tuple("+*/x×÷-−–·")) else left
+
+
+def _decimals(text: str) -> int:
+    return len(text.partition(".")[2])
+
+
+def evaluate(text: str) -> Fraction | None:
+    """The value of an expression of numbers, + - * / ( ) and %; None where it is none or has no operator."""
+    text = _TIMES.sub(" *", text.translate(_SIGNS)).strip()
+    tokens, at = [], 0
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if not match:
+            return None
+        tokens.append(match[1])
+        at = match.end()
+    if not any(t in "+-*/" for t in tokens[1:]):
+        return None
+    try:
+        found, rest = _sum(tokens)
+    except (ValueError, ZeroDivisionError, IndexError, RecursionError):
+        return None
+    return None if rest else found
+
+
+def _sum(tokens: list[str]) -> tuple[Fraction, list[str]]:
+    found, tokens = _product(tokens)
+    while tokens and tokens[0] in "+-":
+        right, rest = _product(tokens[1:])
+        found, tokens = (found + right if tokens[0] == "+" else found - right), rest
+    return found, tokens
+
+
+def _product(tokens: list[str]) -> tuple[Fraction, list[str]]:
+    found, tokens = _factor(tokens)
+    while tokens and tokens[0] in ("*", "/"):
+        right, rest = _factor(tokens[1:])
+        found, tokens = (found * right if tokens[0] == "*" else found / right), rest
+    return found, tokens
+
+
+def _factor(tokens: list[str]) -> tuple[Fraction, list[str]]:
+    first, rest = tokens[0], tokens[1:]
+    if first in "+-":
+        found, rest = _factor(rest)
+        return (-found if first == "-" else found), rest
+    if first == "(":
+        found, rest = _sum(rest)
+        if rest[0] != ")":
+            raise ValueError("unbalanced")
+        rest = rest[1:]
+    else:
+        found = value(first)  # ValueError where it is an operator
+    while rest and rest[0] == "%":
+        found, rest = found / 100, rest[1:]
+    return found, rest

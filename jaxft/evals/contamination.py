@@ -1,0 +1,168 @@
+"""What evaluation texts share with training texts: whole texts, runs of words, and the nearest neighbour."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxft.evals.statistics import wilson
+
+GRAMS = (13, 8)
+"""Words in a row: 13 as GPT-3's authors looked for copies of their test sets (arXiv 2005.14165, appendix C); 8 as the
+first Llama and PaLM reports did, where stock phrases count too."""
+SHINGLE = 3
+NEAR = 0.6
+_WORD = re.compile(r"\w+")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+
+
+@dataclass(frozen=True)
+class Offender:
+    """An evaluation text, the first training text that it shares something with, and what is shared."""
+
+    evaluation: int
+    train: int
+    shared: str
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How many of `documents` evaluation texts share something with the training texts, with a 95 % Wilson interval.
+
+    `kind`: duplicate (the same words), masked duplicate (the same but for numbers), N-gram (N words in a row), near
+    (Jaccard similarity of 3-word shingles with numbers masked at least 0.6). Case and punctuation never count.
+    """
+
+    kind: str
+    documents: int
+    shared: int
+    share: float
+    share_interval: tuple[float, float]
+    offenders: tuple[Offender, ...]
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """All kinds, and the nearest pair: its similarity and its two numbers (None without texts)."""
+
+    sharings: tuple[Sharing, ...]
+    nearest_similarity: float
+    nearest: tuple[int, int] | None
+
+
+def check(train: Sequence[str], evaluation: Sequence[str], grams: Sequence[int] = GRAMS) -> Contamination:
+    """Compares every evaluation text with every training text; pass questions alone to see what was asked before.
+
+    Answers of one format share runs of words that say nothing (GSM8K's annotations), so they do not belong in here.
+    """
+    learnt, held = _words(train), _words(evaluation)
+    masked_learnt, masked_held = (_words([_NUMBER.sub("0", t) for t in texts]) for texts in (train, evaluation))
+    found = [
+        _sharing("duplicate", held, _duplicates(learnt, held)),
+        _sharing("masked duplicate", held, _duplicates(masked_learnt, masked_held)),
+        *(_sharing(f"{n}-gram", held, _runs(learnt, held, n)) for n in grams),
+    ]
+    similarity, neighbour = _nearest(masked_learnt, masked_held)
+    near = {
+        i: Offender(i, int(neighbour[i]), f"similarity {similarity[i]:.2f}")
+        for i in np.flatnonzero(similarity >= NEAR).tolist()
+    }
+    best = int(np.argmax(similarity)) if len(similarity) else None
+    return Contamination(
+        (*found, _sharing("near", held, near)),
+        0.0 if best is None else float(similarity[best]),
+        None if best is None or similarity[best] == 0 else (best, int(neighbour[best])),
+    )
+
+
+def with_and_without(found: Contamination, right: Sequence[bool]) -> list[dict[str, Any]]:
+    """For each kind: the share right of all documents, of the offenders, and of the others, with 95 % Wilson intervals."""
+    rows = []
+    for sharing in found.sharings:
+        offending = {offender.evaluation for offender in sharing.offenders}
+        parts = {
+            "all": list(right),
+            "shared": [r for i, r in enumerate(right) if i in offending],
+            "others": [r for i, r in enumerate(right) if i not in offending],
+        }
+        told: dict[str, Any] = {"kind": sharing.kind}
+        for name, part in parts.items():
+            told[name] = {
+                "documents": len(part),
+                "exact_match": sum(part) / len(part) if part else None,
+                "exact_match_interval": list(wilson(sum(part), len(part))),
+            }
+        rows.append(told)
+    return rows
+
+
+def _words(texts: Sequence[str]) -> list[list[str]]:
+    return [_WORD.findall(text.casefold()) for text in texts]
+
+
+def _sharing(kind: str, held: Sequence[Any], offenders: Mapping[int, Offender]) -> Sharing:
+    n, found = len(held), tuple(offenders[i] for i in sorted(offenders))
+    return Sharing(kind, n, len(found), len(found) / max(1, n), wilson(len(found), n), found)
+
+
+def _duplicates(train: list[list[str]], held: list[list[str]]) -> dict[int, Offender]:
+    first: dict[tuple[str, ...], int] = {}
+    for i, words in enumerate(train):
+        first.setdefault(tuple(words), i)
+    return {
+        i: Offender(i, first[tuple(words)], " ".join(words))
+        for i, words in enumerate(held)
+        if words and tuple(words) in first
+    }
+
+
+def _runs(train: list[list[str]], held: list[list[str]], size: int) -> dict[int, Offender]:
+    """The first run of `size` words that each evaluation text shares, looked for among those of evaluation texts alone."""
+    wanted = {run for words in held for run in _grams(words, size)}
+    first: dict[tuple[str, ...], int] = {}
+    for i, words in enumerate(train):
+        for run in wanted.intersection(_grams(words, size)):
+            first.setdefault(run, i)
+    found = {}
+    for i, words in enumerate(held):
+        shared = next((run for run in _grams(words, size) if run in first), None)
+        if shared is not None:
+            found[i] = Offender(i, first[shared], " ".join(shared))
+    return found
+
+
+def _grams(words: list[str], size: int) -> list[tuple[str, ...]]:
+    return list(zip(*(words[at:] for at in range(size))))
+
+
+def _nearest(train: list[list[str]], held: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """The greatest Jaccard similarity of each evaluation text's shingles with a training text's, and which one."""
+    from scipy.sparse import csr_array  # here, because importing it takes longer than checking a small set
+
+    vocabulary: dict[tuple[str, ...], int] = {}
+    shingles = [{vocabulary.setdefault(s, len(vocabulary)) for s in _grams(words, SHINGLE)} for words in held]
+    others = [[vocabulary.get(s, -1) for s in set(_grams(words, SHINGLE))] for words in train]
+    best, neighbour = np.zeros(len(held)), np.zeros(len(held), np.int64)
+    if not vocabulary or not train:
+        return best, neighbour
+
+    def table(rows: Sequence[Any]) -> Any:
+        kept = [[s for s in row if s >= 0] for row in rows]
+        at = np.concatenate([[0], np.cumsum([len(row) for row in kept])])
+        columns = np.array([s for row in kept for s in row], np.int64)
+        return csr_array((np.ones(len(columns), np.int32), columns, at), shape=(len(rows), len(vocabulary)))
+
+    common = (table(shingles) @ table(others).T).tocsr()
+    sizes, other_sizes = np.array([len(s) for s in shingles]), np.array([len(s) for s in others])
+    for i in range(len(held)):
+        part = slice(common.indptr[i], common.indptr[i + 1])
+        which, shared = common.indices[part], common.data[part]
+        if len(which):
+            similarity = shared / (sizes[i] + other_sizes[which] - shared)
+            at = int(np.argmax(similarity))
+            best[i], neighbour[i] = similarity[at], which[at]
+    return best, neighbour
