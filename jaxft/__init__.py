@@ -37,6 +37,7 @@ def generate(
     seed: int = 0,
 ) -> list[str]:
     """What `model` adds to each prompt, up to its end-of-text token; greedy at temperature 0, else sampled from `seed`."""
-    from jaxft.evals.decode import complete
+    from jaxft.evals.decode import Sampling, complete
 
-    return complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    sampling = Sampling(temperature=temperature, seed=seed)
+    return complete(model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling)

@@ -30,8 +30,16 @@ class Options:
     """Longest answer, in tokens."""
     temperature: float = 0.0
     """0 is greedy."""
+    top_k: int | None = None
+    """Sample from the k most likely tokens alone."""
+    top_p: float | None = None
+    """Sample from the most likely tokens that together have this probability."""
+    samples: int = 1
+    """Answers per prompt."""
     seed: int = 0
     """Of sampling."""
+    stop: tuple[str, ...] = ()
+    """An answer ends before the first of these texts."""
     template: Literal["none", "plain", "chat"] = "none"
     """none continues the text as it stands; plain and chat ask it as training with that template does."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
@@ -44,16 +52,15 @@ def main(argv: list[str]) -> None:
     """Prints one answer per prompt on stdout."""
     options = command_line.parse(Options, argv, prog="python -m jaxft.generate", description=Options.__doc__ or "")
     prompts = [sys.stdin.read() if p == "-" else p for p in options.prompt]
-    if options.max_new_tokens < 1 or options.temperature < 0:
-        raise UserError("--max-new-tokens must be at least 1, and --temperature at least 0")
-    from jaxft.evals.decode import complete
+    from jaxft.evals.decode import Sampling, complete
     from jaxft.parallel.compilation import keep_compiled
 
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.samples, options.seed)
     keep_compiled(options.compilation_cache)
     model, tokenizer = jaxft.load(_base(options), options.dtype, options.adapter, options.tokenizer)
     asked = prompts if options.template == "none" else _rendered(tokenizer, prompts, options.template)
-    settings = {"temperature": options.temperature, "seed": options.seed}
-    for answer in complete(model, tokenizer, asked, max_new_tokens=options.max_new_tokens, **settings):
+    new = options.max_new_tokens
+    for answer in complete(model, tokenizer, asked, max_new_tokens=new, sampling=sampling, stop=options.stop):
         print(answer if options.template == "none" else answer.strip())
 
 

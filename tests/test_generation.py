@@ -8,7 +8,7 @@ from checkpoints import llama, load, peft_model, reload, save, tokens
 
 from jaxft import config
 from jaxft.errors import UserError
-from jaxft.evals.decode import Generator
+from jaxft.evals.decode import CHUNK, Generator, Sampling, cut
 from jaxft.parallel.mesh import make_mesh
 
 NEW = 12
@@ -66,10 +66,12 @@ def test_greedy_answers_equal_transformers_for_another_shape_with_an_adapter(tmp
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_batch_equals_its_prompts_one_at_a_time(temperature, generator):
-    together = generator(PROMPTS, max_new_tokens=NEW, temperature=temperature, seed=3)
-    assert together == generator(PROMPTS, max_new_tokens=NEW, temperature=temperature, seed=3, batch_size=1)
-    assert together == generator(PROMPTS, max_new_tokens=NEW, temperature=temperature, seed=3, batch_size=3)
-    assert (together == generator(PROMPTS, max_new_tokens=NEW, temperature=temperature, seed=4)) == (temperature == 0)
+    together = generator(PROMPTS, max_new_tokens=NEW, sampling=Sampling(temperature, seed=3))
+    assert together == generator(PROMPTS, max_new_tokens=NEW, sampling=Sampling(temperature, seed=3), batch_size=1)
+    assert together == generator(PROMPTS, max_new_tokens=NEW, sampling=Sampling(temperature, seed=3), batch_size=3)
+    assert (together == generator(PROMPTS, max_new_tokens=NEW, sampling=Sampling(temperature, seed=4))) == (
+        temperature == 0
+    )
 
 
 def test_eight_devices_say_what_one_says(folder, generator):
@@ -81,10 +83,55 @@ def test_samples_follow_the_models_distribution(folder, generator):
     prompt, temperature, draws = PROMPTS[2], 0.7, 4096
     logits = np.asarray(load(folder).decoder()(np.array([prompt])))[0, -1].astype(np.float64) / temperature
     wanted = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-    drawn = generator([prompt] * draws, max_new_tokens=1, temperature=temperature, batch_size=draws)
+    drawn = generator([prompt] * draws, max_new_tokens=1, sampling=Sampling(temperature), batch_size=draws)
     counts = np.bincount(np.array(drawn)[:, 0], minlength=96)
     # Five standard deviations of a binomial count, and one for the rare ones.
     assert (np.abs(counts - draws * wanted) <= 5 * np.sqrt(draws * wanted) + 1).all()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(7, None), (None, 0.6), (20, 0.5), (1, None), (500, 1.0)])
+def test_what_may_be_drawn_is_what_transformers_leaves(top_k, top_p, folder, generator):
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    prompt, temperature, draws = PROMPTS[2], 1.5, 1024
+    scores = torch.tensor(np.asarray(load(folder).decoder()(np.array([prompt])))[0, -1:])
+    scores = TemperatureLogitsWarper(temperature)(None, scores)
+    scores = scores if top_k is None else TopKLogitsWarper(top_k)(None, scores)
+    scores = scores if top_p is None else TopPLogitsWarper(top_p)(None, scores)
+    wanted = torch.softmax(scores, -1)[0].numpy()
+    sampling = Sampling(temperature, top_k, top_p, samples=draws)
+    drawn = generator([prompt], max_new_tokens=1, sampling=sampling, batch_size=draws)
+    counts = np.bincount(np.array(drawn)[:, 0], minlength=96)
+    assert not counts[wanted == 0].any()
+    assert (np.abs(counts - draws * wanted) <= 5 * np.sqrt(draws * wanted) + 1).all()
+
+
+def test_samples_of_a_prompt_differ_and_stand_side_by_side(generator):
+    sampling = Sampling(1.0, samples=3)
+    answers = generator(PROMPTS[:2], max_new_tokens=NEW, sampling=sampling)
+    assert len(answers) == 6 and len(set(map(tuple, answers))) == 6
+    assert answers == generator(PROMPTS[:2], max_new_tokens=NEW, sampling=sampling, batch_size=2)
+    assert answers[::3] == generator(PROMPTS[:2], max_new_tokens=NEW, sampling=Sampling(1.0))
+
+
+class Letters:
+    """A tokenizer of one letter per token."""
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(chr(ord("!") + i) for i in ids)
+
+
+def test_an_answer_is_given_up_soon_after_a_stop_string(folder, generator):
+    new = 100
+    free = generator(PROMPTS[:4], max_new_tokens=new)
+    said = [Letters().decode(answer, True) for answer in free]
+    stop = said[1][10:13]
+    stopping = Generator(load(folder).decoder(), [95], Letters())
+    for row, (answer, text) in enumerate(zip(stopping(PROMPTS[:4], max_new_tokens=new, stop=[stop]), said)):
+        ended = free[row].index(95) if 95 in free[row] else new
+        given_up = min(ended, -(-(text.index(stop) + len(stop)) // CHUNK) * CHUNK) if stop in text[:ended] else ended
+        assert answer == free[row][:given_up]
+    assert cut(said[1], [stop, ""]) == said[1][:10]
 
 
 def test_an_answer_ends_before_its_first_end_token(folder, generator):
