@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxft.errors import UserError
@@ -79,6 +80,31 @@ def constrain(x: jax.Array, axes: Sequence[Axis], mesh: Mesh | None) -> jax.Arra
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, mesh, x.shape)))
+
+
+def local_rows(mesh: Mesh, count: int) -> frozenset[int] | None:
+    """Which of a batch's `count` rows lie on this process's devices; None for all."""
+    if not mesh.is_multi_process:
+        return None
+    placed = NamedSharding(mesh, spec(("batch",), mesh, (count,)))
+    slices = [index[0] for index in placed.addressable_devices_indices_map((count,)).values()]
+    return frozenset(row for part in slices for row in range(*part.indices(count)))
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """The whole of a global array, on every process; all processes call it for the same arrays in the same order."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(array.sharding.mesh, PartitionSpec()))(array)
+    return np.asarray(whole)
+
+
+def from_host(value: Any, target: NamedSharding) -> jax.Array:
+    """A host's or one device's array, the same on every process, as a global one."""
+    if target.is_fully_addressable:
+        return jax.device_put(value, target)
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, target, lambda index: value[index])
 
 
 def place(mesh: Mesh, tree: Any, axes: Sequence[Axis]) -> Any:
