@@ -2,7 +2,7 @@
 
 Hardware: v5e-8 or larger; a GPU of 40 GB and more. Memory: 18.5 GB of bfloat16 weights, split over the chips of a slice;
 on v5e-8 the step takes 7.0 of a chip's 15.75 GiB (compiled, not run).
-Work: 3.4 million real tokens, 0.13 EFLOP; at half of a v5e-8's peak that is 3 minutes of steps. That is arithmetic: the
+Work: 3.8 million real tokens, 0.14 EFLOP; at half of a v5e-8's peak that is 3 minutes of steps. That is arithmetic: the
 run itself has not been made here. Base, as published: 68.6 % (5 examples in the prompt; another protocol than this one).
 The repository is gated: accept the licence at https://huggingface.co/google/gemma-2-9b and run `hf auth login`.
 """

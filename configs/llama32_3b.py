@@ -1,7 +1,7 @@
 """Llama 3.2 3B on GSM8K, with the published run's settings: r=8, α=16, dropout 0.1, lr 2e-4, 3 epochs, 90/10, patience 5.
 
 Hardware: v5e-4, v6e-1 or larger; a GPU of 24 GB and more. Memory: 6.4 GB of bfloat16 weights, split over the chips of a slice.
-Work: 3.0 million real tokens, 39 PFLOP; at half of a v6e-1's peak that is a minute and a half of steps. That is arithmetic: the
+Work: 3.3 million real tokens, 43 PFLOP; at half of a v6e-1's peak that is a minute and a half of steps. That is arithmetic: the
 run itself has not been made here. No base score is published in this protocol.
 The repository is gated: accept the licence at https://huggingface.co/meta-llama/Llama-3.2-3B and run `hf auth login`.
 """

@@ -1,7 +1,7 @@
 """OpenELM 3B on GSM8K, with the published run's settings: r=8, α=16, dropout 0.1, lr 2e-4, 3 epochs, 90/10, patience 5.
 
 Hardware: v5e-4, v6e-1 or larger; a GPU of 24 GB and more. Memory: 6.1 GB of bfloat16 weights, split over the chips of a slice.
-Work: 3.7 million real tokens, 45 PFLOP; at half of a v6e-1's peak that is a minute and a half of steps. That is arithmetic:
+Work: 4.1 million real tokens, 50 PFLOP; at half of a v6e-1's peak that is two minutes of steps. That is arithmetic:
 the run itself has not been made here. No base score is published. Apple's repository brings no tokenizer: the model was trained
 with Llama 2's, which is gated: accept its licence at https://huggingface.co/meta-llama/Llama-2-7b-hf and run `hf auth login`.
 """

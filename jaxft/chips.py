@@ -35,6 +35,9 @@ class Chip:
     source: str
     chips_per_host: int | None = None  # at most; of v5e and v6e, hosts of a slice beyond 8 chips have 4
     devices: int = 1  # JAX devices to a chip
+    ici_links: int | None = None  # ports; a link's rate one way is ici_bytes_per_second / (2 · ici_links)
+    dcn_bytes_per_second: float | None = None  # one way, a chip's share of its host's network cards
+    dcn_source: str | None = None
     usd_per_chip_hour: float | None = None  # on demand
     usd_per_chip_hour_spot: float | None = None  # moves by the day
     price_source: str | None = None
@@ -53,22 +56,25 @@ CHIPS = (
     Chip(
         "v4", ("TPU v4",), 32 * GIB, 30.75 * GIB, MEGACORE, 275e12, 275e12, 1200e9, 600e9,
         "https://docs.cloud.google.com/tpu/docs/v4; six links of 50 GB/s each way: arXiv 2304.01433",
-        chips_per_host=4,
+        chips_per_host=4, ici_links=6,
         usd_per_chip_hour=3.22, price_source="https://cloud.google.com/tpu/pricing, us-central2",
     ),
     Chip(
         "v5e", ("TPU v5 lite", "TPU v5e"), 16 * GIB, 15.75 * GIB, COMPILER, 197e12, 393e12, 819e9, 400e9,
-        "https://docs.cloud.google.com/tpu/docs/v5e", chips_per_host=8,
+        "https://docs.cloud.google.com/tpu/docs/v5e", chips_per_host=8, ici_links=4,
+        dcn_bytes_per_second=3.125e9, dcn_source="the same page: 2 x 100 Gbit/s to a host of 8, 6.4 Tbit/s to a pod of 256",
         usd_per_chip_hour=1.20, usd_per_chip_hour_spot=0.245, price_source=CATALOGUE,
     ),
     Chip(
         "v5p", ("TPU v5", "TPU v5p"), 96 * GIB, 95.73 * GIB, COMPILER, 459e12, 918e12, 2765e9, 1200e9,
-        "https://docs.cloud.google.com/tpu/docs/v5p, which gives 95 GB", chips_per_host=4,
+        "https://docs.cloud.google.com/tpu/docs/v5p, which gives 95 GB", chips_per_host=4, ici_links=6,
+        dcn_bytes_per_second=6.25e9, dcn_source="the same page: 50 Gbit/s to a chip",
         usd_per_chip_hour=4.20, usd_per_chip_hour_spot=0.836, price_source=CATALOGUE,
     ),
     Chip(
         "v6e", ("TPU v6 lite", "TPU v6e"), 32 * GIB, 31.24 * GIB, COMPILER, 918e12, 1836e12, 1638e9, 800e9,
-        "https://docs.cloud.google.com/tpu/docs/v6e", chips_per_host=8,
+        "https://docs.cloud.google.com/tpu/docs/v6e", chips_per_host=8, ici_links=4,
+        dcn_bytes_per_second=12.5e9, dcn_source="the same page: 4 x 200 Gbit/s to a host of 8, 25.6 Tbit/s to a pod of 256",
         usd_per_chip_hour=2.70, usd_per_chip_hour_spot=0.544, price_source=CATALOGUE,
     ),
     Chip(

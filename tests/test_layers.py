@@ -16,6 +16,7 @@ LAYERS = {
     **{f"jaxft.{verb}": 5 for verb in VERBS},
     "jaxft": 5,  # the Python API and its start, `python -m jaxft`
     "jaxft.learn": 4, "jaxft.evals": 4, "jaxft.reports": 4, "jaxft.previews": 4,
+    "jaxft.plans": 4,
     "jaxft.weights": 3, "jaxft.data": 3, "jaxft.tiny": 3,
     "jaxft.models": 2,
     "jaxft.parallel": 1, "jaxft.models.ops": 1,
@@ -25,7 +26,8 @@ LAYERS = {
 NEVER = [("jaxft.data", "jaxft.models"), ("jaxft.tiny", "jaxft.models"), ("jaxft.learn", "jaxft.evals"),
          ("jaxft.evals", "jaxft.learn"), ("jaxft.data", "jaxft.weights"), ("jaxft.weights", "jaxft.data"),
          ("jaxft.reports", "jaxft.learn"), ("jaxft.reports", "jaxft.evals"),
-         ("jaxft.previews", "jaxft.learn"), ("jaxft.previews", "jaxft.evals"), ("jaxft.reports", "jaxft.previews")]  # fmt: skip
+         ("jaxft.previews", "jaxft.learn"), ("jaxft.previews", "jaxft.evals"), ("jaxft.reports", "jaxft.previews"),
+         ("jaxft.plans", "jaxft.evals"), ("jaxft.learn", "jaxft.plans"), ("jaxft.reports", "jaxft.plans")]  # fmt: skip
 
 
 def within(module: str, package: str) -> bool:

@@ -16,8 +16,8 @@ from jaxft.parallel import topology
 from jaxft.parallel.compilation import keep_compiled, kept_only_for
 from jaxft.parallel.mesh import make_mesh
 from jaxft.parallel.sharding import replicated
+from jaxft.plans import work as flops
 from jaxft.weights import model
-from tests.benchmarks import flops
 from tests.benchmarks.step import moved
 
 # Gemma 2's structure, small: caps, four norms, windows that S outgrows, a vocabulary much larger than the rest.

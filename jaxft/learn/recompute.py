@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,14 @@ from jaxft.weights.model import Loaded, Source, outline
 # From the least arithmetic to the least memory.
 POLICIES = ("dots", "qkv", "full")
 HOPELESS = 1.1  # times a device's memory; what must be held at least is an estimate
+
+
+class DoesNotFit(OutOfResources):
+    """No policy fits a device. `tried` are the policies, with the bytes that each needs where they are known."""
+
+    def __init__(self, tried: Sequence[tuple[str, int | None]], device_bytes: int | None):
+        super().__init__(_too_large(tried, device_bytes))
+        self.tried, self.device_bytes = tuple(tried), device_bytes
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ def compile_step(
 ) -> Compiled:
     """That step compiled, under the first policy that fits `device_bytes`; any fits None.
 
-    Raises OutOfResources where none does.
+    Raises DoesNotFit where none does.
     """
     tried: list[tuple[str, int | None]] = []
     for policy in policies(settings.model.remat, mesh.devices.flat[0].platform):
@@ -96,22 +105,26 @@ def compile_step(
         with kept_only_for(mesh.devices.flat):
             executable = _executable(found)
         return_memory()
-        needed = None if executable is None else device_memory(executable)
-        if needed is not None and (device_bytes is None or needed <= device_bytes):
+        if isinstance(executable, int) or executable is None:
+            tried.append((policy, executable))
+            continue
+        needed = device_memory(executable)
+        if device_bytes is None or needed <= device_bytes:
             seconds = time.monotonic() - began
             return Compiled(policy, found.outlined, found.optimizer, executable, needed, seconds, shape, tuple(tried))
         tried.append((policy, needed))
-    raise OutOfResources(_too_large(tried, device_bytes))
+    raise DoesNotFit(tried, device_bytes)
 
 
-def _executable(found: Traceable) -> jax.stages.Compiled | None:
-    """None where the compiler says that the program does not fit."""
+def _executable(found: Traceable) -> jax.stages.Compiled | int | None:
+    """The bytes needed, or None, where the compiler says that the program does not fit."""
     try:
         return found.step.lower(*found.inputs).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error):
             raise
-        return None
+        said = re.search(r"Used ([\d.]+)([KMGT]) of \S+ hbm", str(error))  # a TPU's
+        return int(float(said[1]) * 2 ** (10 * (1 + "KMGT".index(said[2])))) if said else None
 
 
 def least_bytes(found: Traceable, source: Source, mesh: Mesh, accumulation_steps: int = 1) -> int:
@@ -124,11 +137,13 @@ def least_bytes(found: Traceable, source: Source, mesh: Mesh, accumulation_steps
     trained = {path for row in found.outlined.rows if row.trainable for path in row.names}
     names = [source.arch.names.layer.format(i) + "." for i in range(len(source.arch.layers))]
     lowest = next((i for i, name in enumerate(names) if any(path.startswith(name) for path in trained)), len(names))
-    kept = sum(_kept(layer, source.arch, found.policy, mesh.shape["tensor"]) for layer in source.arch.layers[lowest:])
+    kept = sum(
+        kept_per_token(layer, source.arch, found.policy, mesh.shape["tensor"]) for layer in source.arch.layers[lowest:]
+    )
     return arguments + tokens * kept * source.dtype.itemsize
 
 
-def _kept(layer: LayerSpec, arch: Arch, policy: str, tensor: int) -> int:
+def kept_per_token(layer: LayerSpec, arch: Arch, policy: str, tensor: int = 1) -> int:
     """Elements of one layer kept for one token: as `models.stage.KEPT` names them, and the layer's input."""
     q, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
     narrow = arch.dim * (1 if arch.names.mlp_output_norm is None else 2)

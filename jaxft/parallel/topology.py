@@ -18,6 +18,11 @@ SOLID = {
     1024: "8x8x16", 2048: "8x16x16",
 }  # fmt: skip
 SHAPES = {"v4": SOLID, "v5e": FLAT, "v5p": SOLID, "v6e": FLAT}
+# A dimension of as many chips closes to a ring: of slices of 4x4x4 and larger, where smaller ones have no wrap-around links
+# (https://docs.cloud.google.com/tpu/docs/v5p), and of a whole pod of v5e or v6e, a torus of 16 by 16.
+RING = {"v4": 4, "v5e": 16, "v5p": 4, "v6e": 16}
+# Both cores of a v4 chip as one device, as JAX has them on a TPU VM.
+CHIP_CONFIG = {"v4": "megacore"}
 
 # Without these libtpu asks the machine's metadata server, complains that it is not a TPU's, and takes a lock that only one
 # process may hold. What they name does not matter to a compiler.
@@ -36,6 +41,18 @@ class Topology:
     chips: int  # of one slice
     slices: int = 1
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Chips of one slice along each dimension."""
+        return tuple(map(int, SHAPES[self.kind][self.chips].split("x")))
+
+    @property
+    def links(self) -> int:
+        """ICI neighbours of the chip that has fewest: two along a dimension that closes to a ring, else one, at its ends."""
+        ring = RING[self.kind]
+        whole = len(self.shape) == 2 or all(size % ring == 0 for size in self.shape)
+        return sum(2 if whole and size % ring == 0 else 1 for size in self.shape if size > 1)
+
 
 def parse(name: str) -> Topology:
     """What a name says. Raises UserError for a kind or a size that Google does not offer."""
@@ -51,7 +68,7 @@ def parse(name: str) -> Topology:
 
 
 def devices(name: str) -> list[Any]:
-    """The devices of a topology, to compile for; a v4 chip is two here, one a core. UserError where libtpu is not installed."""
+    """The devices of a topology, one a chip, to compile for. UserError where libtpu is not installed."""
     topology = parse(name)
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
@@ -59,6 +76,8 @@ def devices(name: str) -> list[Any]:
 
     shape = SHAPES[topology.kind][topology.chips]
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.kind in CHIP_CONFIG:
+        options["chip_config_name"] = CHIP_CONFIG[topology.kind]
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=f"{topology.kind}:{shape}", **options)
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jaxft.reports import card
+from jaxft.reports import card, planned
 from jaxft.reports.document import (
     Block,
     Bullets,
@@ -77,9 +77,19 @@ def blocks(run: RunRecord, figures: dict[str, Any], images: Sequence[Image]) -> 
         Table(("", ""), card.rows(run, figures), figures=False),
         Heading(2, "Time and cost"),
         Table(("", ""), card.cost(figures), figures=False),
+        *_planned(run, figures),
         Heading(2, "What was not measured"),
         Bullets(_not_measured(figures)),
     ]
+
+
+def _planned(run: RunRecord, figures: dict[str, Any]) -> list[Block]:
+    """Nothing where the run has not told both sides of any figure."""
+    compared = figures["planned_and_measured"]
+    if not compared:
+        return []
+    head = ("", "planned", "measured", "measured / planned")
+    return [Heading(2, "Planned against measured"), Table(head, planned.rows(compared)), Text(planned.note(run))]
 
 
 def verdict(figures: dict[str, Any]) -> list[Part]:

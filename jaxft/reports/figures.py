@@ -7,6 +7,7 @@ import statistics
 from typing import Any
 
 from jaxft import chips
+from jaxft.reports import planned
 from jaxft.reports.folder import RunRecord, number
 from jaxft.reports.wording import change, share
 
@@ -56,6 +57,7 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "tasks": _tasks(run),
         **_spent(run),
         **_logged(run),
+        "planned_and_measured": planned.compare(run, _logged(run)),
         "missing": missing(run),
     }
 

@@ -20,8 +20,8 @@ from jaxft import config
 from jaxft.learn import recompute
 from jaxft.parallel import topology
 from jaxft.parallel.mesh import make_mesh
+from jaxft.plans import work
 from jaxft.weights import model
-from tests.benchmarks import flops
 
 CASES = "v5e-8:8:dots v5e-8:16:dots v5e-8:32:qkv v5e-8:32:full v6e-8:32:dots v5p-8:16:dots v5e-4:4:full v6e-1:4:full".split()
 BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "f16": 2, "s8": 1, "u8": 1}
@@ -49,7 +49,7 @@ def moved(text):
 def measure(settings, case):
     where, rows, policy = case.split(":")
     source, found = traceable(settings, where, int(rows), policy)
-    worked = sum(flops.of_step(found).values()) / flops.ideal(source.arch, int(rows) * 1024)
+    worked = sum(work.of_step(found).values()) / work.ideal(source.arch, int(rows) * 1024)
     began, used = time.monotonic(), time.process_time()
     lowered = found.step.lower(*found.inputs)
     record = {"case": case, "layers": len(source.arch.layers), "attention": found.outlined.attention}
