@@ -161,16 +161,16 @@ class Optim:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; -1 takes what the others leave."""
+    """Devices of a slice along each axis; -1 takes what the others leave."""
 
     data: int = 1
-    """Copies of the model, each with its own rows."""
+    """Copies of the model in a slice, each with its own rows."""
     fsdp: int = -1
     """Devices that share one copy's weights and split its rows."""
     tensor: int = 1
     """Devices that split each layer's heads and FFN."""
-    slices: int = 1
-    """TPU slices joined over the data-centre network."""
+    slices: int = -1
+    """TPU slices joined over the data-centre network, each with copies of its own; -1: all there are."""
     coordinator: str | None = None
     """host:port of process 0, where the environment does not tell."""
     num_processes: int | None = None
@@ -355,11 +355,26 @@ def _validate_together(config: Config) -> None:
     traced = config.run.profile
     if traced is not None and not (len(traced) == 2 and 1 <= traced[0] <= traced[1]):
         raise UserError(f"run.profile: expected two steps, first and last, counted from 1; found {traced!r}")
-    for name in ("coordinator", "num_processes", "process_id"):
-        if getattr(config.mesh, name) is not None:
-            raise UserError(f"mesh.{name}: runs of several processes are not supported yet; use None")
-    if config.mesh.slices != 1:
-        raise UserError(f"mesh.slices: {config.mesh.slices} is not supported yet; use 1")
+    _validate_processes(config.mesh)
+
+
+def _validate_processes(mesh: Mesh) -> None:
+    values = {name: getattr(mesh, name) for name in ("coordinator", "num_processes", "process_id")}
+    missing = [name for name, value in values.items() if value is None]
+    if len(missing) == len(values):
+        return
+    if missing:
+        raise UserError(
+            f"mesh.{missing[0]}: missing; coordinator, num_processes and process_id are given together, or none of them "
+            "where the environment tells"
+        )
+    host, _, port = str(mesh.coordinator).rpartition(":")
+    if not re.fullmatch(r"\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+", host) or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"mesh.coordinator: expected host:port of process 0, found {mesh.coordinator!r}")
+    if not 0 <= int(mesh.process_id or 0) < int(mesh.num_processes or 0):
+        raise UserError(
+            f"mesh.process_id: {mesh.process_id} of mesh.num_processes {mesh.num_processes}; they are counted from 0"
+        )
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-EXIT_USER, EXIT_RESOURCES, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_USER, EXIT_RESOURCES, EXIT_AGAIN, EXIT_INTERRUPTED = 2, 3, 75, 130
 
 
 class UserError(Exception):
@@ -31,7 +31,7 @@ def run_verb(main: Callable[[list[str]], int | None]) -> None:
         if debug:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
-        code = EXIT_USER if isinstance(error, UserError) else EXIT_RESOURCES
+        code = exit_code(error)
     except KeyboardInterrupt:
         print("error: interrupted; a training run resumes with the same command", file=sys.stderr)
         code = EXIT_INTERRUPTED
@@ -40,6 +40,12 @@ def run_verb(main: Callable[[list[str]], int | None]) -> None:
         code = 0
     sys.stdout.flush()
     sys.exit(code)
+
+
+def exit_code(error: BaseException) -> int:
+    """What a process that ends by `error` leaves with."""
+    codes = ((UserError, EXIT_USER), (OutOfResources, EXIT_RESOURCES), (KeyboardInterrupt, EXIT_INTERRUPTED))
+    return next((code for kind, code in codes if isinstance(error, kind)), 1)
 
 
 def one_line(error: object) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # JAX and the rest are imported where used: --help and a mist
     from jaxft.learn.loop import Loop, Stand
     from jaxft.learn.recompute import Compiled
     from jaxft.learn.step import TrainState
+    from jaxft.parallel.watchdog import Watchdog
     from jaxft.weights.checkpoint import Checkpoints
     from jaxft.weights.model import Loaded, Source
 
@@ -65,22 +66,47 @@ def run(settings: config.Config) -> None:
     """One run, in the order in which things can be wrong: config, data, tokenizer, headers, weights, compile, train."""
     from jaxft.learn.folder import RunFolder
     from jaxft.parallel.compilation import keep_compiled
+    from jaxft.parallel.processes import joined
+    from jaxft.parallel.watchdog import Watchdog
 
     began = time.monotonic()
-    folder = RunFolder(settings)
-    if folder.finished:
-        print(f"{folder.path}: this run has ended ({folder.results.get('ended')}); nothing to do")
-        return
-    keep_compiled(settings.run.compilation_cache)
+    with joined(settings.mesh, _alike(settings)) as processes:
+        folder = RunFolder(settings, processes)
+        if folder.finished:
+            print(f"{folder.place}: this run has ended ({folder.results.get('ended')}); nothing to do")
+            return
+        keep_compiled(settings.run.compilation_cache)
+        with Watchdog(processes) as watchdog:
+            _run(settings, folder, watchdog, began)
+
+
+def _run(settings: config.Config, folder: RunFolder, watchdog: Watchdog, began: float) -> None:
+    watchdog.doing("reading rows")
     job = prepare(settings)
+    folder.processes.same("the data", job.data.facts["fingerprint"])
+    folder.processes.same("the base model's commit", job.source.commit)
+    watchdog.doing("reading weights and compiling")
     started = start(job, folder)
+    started.answerer.generator.answered = watchdog.alive
     if started.stand is None:
+        watchdog.doing("measuring the base model")
         _measure_tasks(job, started, folder, "base", started.state.trainable)
-    loop, reason = _train(job, started, folder, began)
+    loop, reason = _train(job, started, folder, watchdog, began)
     best = _best(started, loop)
     print(f"{reason}; best step {loop.stand.best_step}")
+    watchdog.doing("measuring the best adapter")
     _measure_tasks(job, started, folder, "tuned", best)
+    watchdog.doing("writing results")
     _finish(job, started, folder, loop, reason, best)
+
+
+def _alike(settings: config.Config) -> dict[str, Any]:
+    """What has to be the same on all processes of a run."""
+    from jaxft.parallel.processes import OWN
+
+    sections = config.to_dict(settings).items()
+    values = {f"{name}.{key}": v for name, section in sections for key, v in (section or {"": None}).items()}
+    return {"jaxft": jaxft.__version__, **{key: value for key, value in values.items() if key not in OWN}}
 
 
 def prepare(settings: config.Config) -> Job:
@@ -112,7 +138,8 @@ def start(job: Job, folder: RunFolder) -> Started:
 
     settings, mesh = job.config, job.mesh
     _check_commit(folder.results, job.source, settings.model)
-    arguments = settings, job.source, mesh, job.steps, job.data.train.largest_batch, usable_bytes(mesh)
+    room = folder.processes.from_first(lambda: usable_bytes(mesh))  # on what fits depends which program is run
+    arguments = settings, job.source, mesh, job.steps, job.data.train.largest_batch, room
     with ThreadPoolExecutor(1) as pool:  # compiling holds neither Python's lock nor the disk
         compiling = pool.submit(recompute.compile_step, *arguments)
         outlined = model.outline(job.source, mesh, attention=settings.model.attention)
@@ -121,11 +148,12 @@ def start(job: Job, folder: RunFolder) -> Started:
     loaded = replace(loaded, graphdef=compiled.outlined.graphdef)
     state, stand = step.initial_state(loaded, compiled.optimizer, mesh), None
     folder.start(_facts(job, loaded, compiled, folder.results))
-    checkpoints = Checkpoints(folder.path / "checkpoints", settings.run.keep)
-    if checkpoints.latest is not None:
-        state, progress = checkpoints.restore(checkpoints.latest, state)
+    checkpoints = Checkpoints(folder.place / "checkpoints", settings.run.keep)
+    latest = folder.processes.from_first(lambda: checkpoints.latest)
+    if latest is not None:
+        state, progress = checkpoints.restore(latest, state)
         stand = Stand(**progress)
-    _banner(job, folder, checkpoints.latest)
+    _banner(job, folder, latest)
     print(compiled.said(), flush=True)
     answerer = Answerer(loaded.decoder(), job.tokenizer, job.data.template, settings.eval.max_new_tokens)
     return Started(loaded, compiled, optim.schedule(settings.optim, job.steps), state, stand, checkpoints, answerer)
@@ -146,6 +174,7 @@ def _facts(job: Job, loaded: Loaded, compiled: Compiled, before: dict[str, Any])
     import jax
 
     from jaxft.models.tensors import count_parameters
+    from jaxft.plans import row
 
     trainable, parameters = count_parameters(loaded.rows)
     adapter = next(iter(job.source.plan.adapters.values()), None)
@@ -168,6 +197,7 @@ def _facts(job: Job, loaded: Loaded, compiled: Compiled, before: dict[str, Any])
             "attention": loaded.attention, "remat": compiled.policy, "device_bytes": compiled.bytes,
             "compile_seconds": compiled.seconds,
         },
+        "planned": row.expected(job.config, source, job.mesh, compiled.policy, compiled.shape[1]),
         "steps": job.steps,
     }  # fmt: skip
 
@@ -192,7 +222,7 @@ def _banner(job: Job, folder: RunFolder, resumed: int | None) -> None:
         f"batch: {optim.batch_size} sequences of {data['length']} tokens in {optim.accumulation_steps} micro-batch(es), "
         f"{100 * data['fill']:.1f} % of positions real; {job.steps} steps"
     )
-    print(f"run folder: {folder.path}" + ("" if resumed is None else f", resumed at step {resumed}"), flush=True)
+    print(f"run folder: {folder.place}" + ("" if resumed is None else f", resumed at step {resumed}"), flush=True)
 
 
 def _measure_tasks(job: Job, started: Started, folder: RunFolder, side: str, trainable: dict[str, Any]) -> None:
@@ -212,12 +242,13 @@ def _measure_tasks(job: Job, started: Started, folder: RunFolder, side: str, tra
         )
 
 
-def _train(job: Job, started: Started, folder: RunFolder, began: float) -> tuple[Loop, str]:
+def _train(job: Job, started: Started, folder: RunFolder, watchdog: Watchdog, began: float) -> tuple[Loop, str]:
     from jaxft.learn import step
     from jaxft.learn.loop import Loop, Parts
     from jaxft.learn.metrics import Metrics
 
-    metrics = Metrics(folder.path, None if started.stand is None else int(started.state.step))
+    resumed = None if started.stand is None else int(started.state.step)
+    metrics = Metrics(folder.path, resumed, writes=folder.processes.first)
     accumulation, compiled = job.config.optim.accumulation_steps, started.compiled
     parts = Parts(
         mesh=job.mesh,
@@ -232,6 +263,10 @@ def _train(job: Job, started: Started, folder: RunFolder, began: float) -> tuple
         checkpoints=started.checkpoints,
         metrics=metrics,
         sampler=_sampler(job, started),
+        processes=folder.processes,
+        watchdog=watchdog,
+        tensorboard=folder.path / "tensorboard",
+        sent=folder.send,
     )
     loop = Loop(job.config, parts, job.steps, started.state, started.stand, began)
     try:
@@ -274,29 +309,38 @@ def _finish(job: Job, started: Started, folder: RunFolder, loop: Loop, reason: s
     })  # fmt: skip
     _export(job, started.loaded, folder, best)
     folder.update({"state": "finished"})
-    report.write(folder.path)
-    print(f"report: {folder.path / 'report.md'}")
+    if folder.processes.first:
+        report.write(folder.path)
+        folder.send()
+        print(f"report: {folder.place / 'report.md'}")
 
 
 def _export(job: Job, loaded: Loaded, folder: RunFolder, best: dict[str, Any]) -> None:
-    """The adapter in PEFT's format, or with lora None the whole model in transformers'."""
+    """The adapter in PEFT's format, or with lora None the whole model in transformers'; all gather, process 0 writes."""
     from jaxft.weights import merged, peft
     from jaxft.weights.card import write_card
 
-    source, model = job.source, job.config.model
+    source, model, writes = job.source, job.config.model, folder.processes.first
     if job.config.lora is None:
         target = folder.path / "model"
         config = merged.config_for(source.folder, model.name, source.arch, source.plan, source.stored)
         tensors = merged.trained(loaded.rows, best, source.stored)
-        merged.save(target, tensors, config, source.folder, source.tokenizer)
+        if writes:
+            merged.save(target, tensors, config, source.folder, source.tokenizer)
+        else:
+            merged.gather(tensors)
         note = ""
     else:
         target = folder.path / "adapter"
-        peft.save(target, loaded.rows, best, source.plan, source.arch, model.name, source.commit or model.revision)
-        merged.copy_files(source.tokenizer, target)
+        named = model.name, source.commit or model.revision
+        peft.save(target, loaded.rows, best, source.plan, source.arch, *named, writes=writes)
         note = f" ({peft.vllm_verdict(source.plan, source.arch)})"
+    if not writes:
+        return
+    if job.config.lora is not None:
+        merged.copy_files(source.tokenizer, target)
     write_card(target, folder.settings, folder.results, folder.results["best_loss"])
-    print(f"{target.name}: {target}{note}")
+    print(f"{target.name}: {folder.place / target.name}{note}")
 
 
 if __name__ == "__main__":

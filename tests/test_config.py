@@ -88,8 +88,11 @@ def test_lora_none_trains_every_weight_and_a_lora_field_brings_it_back(file):
         (["--model.quantize", "int8"], "not supported yet"),
         (["--lora.rank_pattern", "v_proj", "0"], "lora.rank_pattern: 'v_proj': 0 is outside 1 to 65536"),
         (["--lora.rank_pattern", "v_proj", "many"], "rank-pattern"),
-        (["--mesh.coordinator", "host:1234"], "not supported yet"),
-        (["--mesh.process_id", "0"], "not supported yet"),
+        (["--mesh.coordinator", "host:1234"], "mesh.num_processes: missing"),
+        (["--mesh.process_id", "0"], "mesh.coordinator: missing"),
+        (["--mesh.coordinator", "host", "--mesh.num_processes", "2", "--mesh.process_id", "0"], "expected host:port"),
+        (["--mesh.coordinator", "a:0", "--mesh.num_processes", "2", "--mesh.process_id", "0"], "expected host:port"),
+        (["--mesh.coordinator", "a:1", "--mesh.num_processes", "2", "--mesh.process_id", "2"], "counted from 0"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_says_what_is_wrong(file, overrides, said):

@@ -246,3 +246,19 @@ def test_the_rows_that_hosts_take_of_a_batch_are_together_the_batch(packing, hos
             np.testing.assert_array_equal(np.concatenate([part[name] for part in slices]), expected)
             shards = sorted(placed.addressable_shards, key=lambda shard: shard.device.id)
             np.testing.assert_array_equal(np.concatenate([shard.data for shard in shards]), expected)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_host_fills_the_rows_it_is_asked_for_alone_and_knows_the_tokens_of_all(packing):
+    loader = Loader(examples(LONG), batch_size=8, length=704, packing=packing)
+    for step in (0, 3, 70):
+        whole, mine = loader.batch_at(step), loader.batch_at(step, rows={2, 5})
+        assert loader.tokens_at(step) == (whole.segments > 0).sum()
+        for field in dataclasses.fields(whole):
+            ours, theirs = getattr(mine, field.name), getattr(whole, field.name)
+            np.testing.assert_array_equal(ours[[2, 5]], theirs[[2, 5]])
+            assert ours.shape == theirs.shape and not ours[[0, 1, 3, 4, 6, 7]].any()
+    passes = zip(loader.evaluation_batches(), loader.evaluation_batches(rows=range(4)), strict=True)
+    assert all(
+        np.array_equal(ours.tokens[:4], whole.tokens[:4]) and not ours.tokens[4:].any() for whole, ours in passes
+    )

@@ -158,7 +158,7 @@ def test_a_loop_takes_batches_of_every_length_and_ends_its_thread():
 @pytest.mark.parametrize("every_steps", [9, 10, 3])
 def test_the_share_of_waiting_is_of_the_steps_since_the_last_line_whenever_evaluations_come(every_steps, monkeypatch):
     stub, at = Stub(seconds=0.02), Loader.batch_at
-    monkeypatch.setattr(Loader, "batch_at", lambda self, step: time.sleep(0.01) or at(self, step))
+    monkeypatch.setattr(Loader, "batch_at", lambda self, *at_step: time.sleep(0.01) or at(self, *at_step))
     loop(stub, apart([50] * 400), 30, every_steps=every_steps).run()
     assert [record["step"] for record in stub.records] == [10, 20, 30]
     assert all(0 < record["data_wait"] <= 1 for record in stub.records)

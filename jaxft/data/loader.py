@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
@@ -131,16 +131,25 @@ class Loader:
         """`[B,S]` of the longest batch; packed ones are all of it."""
         return self.batch_size, self.lengths_padded[-1]
 
-    def batch_at(self, step: int) -> Batch:
-        """The batch of `step`, counted from 0 over all epochs; the last of an epoch may hold empty sequences."""
-        epoch, step = self.locate(step)
-        return self._batch(self._bins(epoch), step)
+    def batch_at(self, step: int, rows: Container[int] | None = None) -> Batch:
+        """The batch of `step`, counted from 0 over all epochs; the last of an epoch may hold empty sequences.
 
-    def evaluation_batches(self) -> Iterator[Batch]:
-        """One pass over all examples, packed as set but never shuffled."""
+        Only the sequences `rows` are filled (all where None), those that this host's devices take; the shape is the same.
+        """
+        epoch, step = self.locate(step)
+        return self._batch(self._bins(epoch), step, rows)
+
+    def tokens_at(self, step: int) -> int:
+        """Real tokens of that step's whole batch, whoever fills it."""
+        epoch, step = self.locate(step)
+        chosen = self._bins(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        return sum(int(self.lengths[members].sum()) for members in chosen)
+
+    def evaluation_batches(self, rows: Container[int] | None = None) -> Iterator[Batch]:
+        """One pass over all examples, packed as set but never shuffled; `rows` as in `batch_at`."""
         bins = self._plan(np.arange(len(self.examples)))
         for step in range(math.ceil(len(bins) / self.batch_size)):
-            yield self._batch(bins, step)
+            yield self._batch(bins, step, rows)
 
     def _bins(self, epoch: int) -> list[np.ndarray]:
         """Row indices of each sequence of that epoch, in order; the last epoch asked for is kept."""
@@ -169,12 +178,14 @@ class Loader:
         windows = (order[start : start + WINDOW] for start in range(0, len(order), WINDOW))
         return [window[members] for window in windows for members in pack.plan(self.lengths[window], self.length)]
 
-    def _batch(self, bins: list[np.ndarray], step: int) -> Batch:
+    def _batch(self, bins: list[np.ndarray], step: int, rows: Container[int] | None) -> Batch:
         chosen = bins[step * self.batch_size : (step + 1) * self.batch_size]
         shape = (self.batch_size, self._width(chosen))
         tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
         weights = np.zeros(shape, np.float32)
         for b, members in enumerate(chosen):
+            if rows is not None and b not in rows:
+                continue
             at = 0
             for segment, index in enumerate(members, 1):
                 example, used = self.examples[index], int(self.lengths[index])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from jaxft import config
 from jaxft.errors import UserError
+from jaxft.learn.mirror import Mirror, is_remote, remote_path
+from jaxft.parallel.processes import ALONE, Processes
 
 # What may differ between two starts of one run: it changes neither the numbers trained on nor the order.
 FREE = (
@@ -16,23 +19,34 @@ FREE = (
     "run.compilation_cache", "eval.tasks", "eval.limit", "eval.samples",
 )  # fmt: skip
 FREE_SECTIONS = ("mesh",)
+SHARED_SECONDS = 60.0  # until a network file system shows one host what another has written
 
 
 class RunFolder:
-    """One run's files. Nothing is written before `start`."""
+    """One run's files. Nothing is written before `start`, and by process 0 alone; the others hold what it has read."""
 
-    def __init__(self, settings: config.Config):
-        self.path = Path(settings.run.dir or "runs/run")
+    def __init__(self, settings: config.Config, processes: Processes = ALONE):
+        name = settings.run.dir or "runs/run"
+        self.processes, self._mirror = processes, None
+        self.place = remote_path(name) if is_remote(name) else Path(name)
+        self.path = self.place  # where this process writes
+        if is_remote(name) and processes.first:
+            self._mirror = Mirror(self.place)
+            self.path = self._mirror.local
         self.settings = config.to_dict(settings)
-        self.results = _read(self.path / "results.json")
-        before = _read(self.path / "config.json")
+        self.results = processes.from_first(self._results_before)
+
+    def _results_before(self) -> dict[str, Any]:
+        """results.json of an earlier start, if any; UserError where the folder is not this run's."""
+        results, before = _read(self.path / "results.json"), _read(self.path / "config.json")
         if before:
-            commit = self.results.get("model", {}).get("commit")
+            commit = results.get("model", {}).get("commit")
             if commit and self.settings["model"]["revision"] == commit:  # what the run began on, now by its own name
                 before = before | {"model": {**before.get("model", {}), "revision": commit}}
-            _same_run(self.path, before, self.settings)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UserError(f"run.dir: {self.path} exists and holds no run; give a new or empty folder")
+            _same_run(self.place, before, self.settings)
+        elif self.place.exists() and (not self.place.is_dir() or any(self.place.iterdir())):
+            raise UserError(f"run.dir: {self.place} exists and holds no run; give a new or empty folder")
+        return results
 
     @property
     def finished(self) -> bool:
@@ -44,23 +58,45 @@ class RunFolder:
         known = self.results.get("data", {}).get("fingerprint")
         if known and known != facts["data"]["fingerprint"]:
             raise UserError(
-                f"run.dir: {self.path} holds a run on other rows, tokenizer or lengths (data {known[:12]} → "
+                f"run.dir: {self.place} holds a run on other rows, tokenizer or lengths (data {known[:12]} → "
                 f"{facts['data']['fingerprint'][:12]}); give a new --run.dir"
             )
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            _write(self.path / "config.json", self.settings)
+            if self.processes.first:
+                self.path.mkdir(parents=True, exist_ok=True)
+                _write(self.path / "config.json", self.settings)
             self.update(facts | {"tasks": self.results.get("tasks", {}), "state": "running"})
         except OSError as error:
-            raise UserError(f"run.dir: {self.path} cannot be written: {error.strerror or error}") from error
+            raise UserError(f"run.dir: {self.place} cannot be written: {error.strerror or error}") from error
+        written = self.processes.from_first(lambda: self.results)
+        if not self.processes.first:
+            self._wait_for(written)
+
+    def _wait_for(self, written: dict[str, Any]) -> None:
+        """Raises UserError where what process 0 has written does not show here, so that the folder cannot be the same."""
+        deadline = time.monotonic() + SHARED_SECONDS
+        while _read(self.place / "results.json") != written:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"run.dir: {self.place} is not the folder that process 0 writes; several processes need one "
+                    "that they share"
+                )
+            time.sleep(0.2)
 
     def update(self, facts: dict[str, Any]) -> None:
         """Adds to results.json; a kill leaves the old one or the new one."""
         self.results = {**self.results, **facts}
-        _write(self.path / "results.json", self.results)
+        if self.processes.first:
+            _write(self.path / "results.json", self.results)
+            self.send()
+
+    def send(self) -> None:
+        """Brings what was written to where it belongs, where that is not this machine."""
+        if self._mirror is not None:
+            self._mirror.send()
 
 
-def _same_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _same_run(path: Any, before: dict[str, Any], now: dict[str, Any]) -> None:
     old, new = _flat(before), _flat(now)
     changed = [
         f"{key} {old.get(key)!r} → {new.get(key)!r}"
@@ -81,7 +117,7 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Any) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except FileNotFoundError:

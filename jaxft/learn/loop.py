@@ -21,11 +21,15 @@ from jaxft.learn.loss import Tally
 from jaxft.learn.metrics import Metrics, Progress, memory, speed
 from jaxft.learn.step import TrainState
 from jaxft.learn.trace import Trace
-from jaxft.parallel.sharding import place
+from jaxft.parallel.processes import ALONE, Processes
+from jaxft.parallel.sharding import local_rows, place
+from jaxft.parallel.watchdog import Watchdog
 from jaxft.weights.checkpoint import Checkpoints
 
 # (trainable parameters) -> text to show; `train` hands one in that generates answers to held-out rows.
 Sampler = Callable[[dict[str, jax.Array]], str]
+# Steps handed to the devices before the last one is waited for: they never idle, and a hang is seen where it is.
+AHEAD = 2
 
 
 @dataclass
@@ -57,6 +61,12 @@ class Parts:
     sampler: Sampler | None = None
     flops_per_token: float | None = None  # of the layers' linear modules, for mfu
     compiled: Mapping[tuple[int, ...], Any] = field(default_factory=dict)  # training steps, by the shape of the tokens
+    processes: Processes = ALONE
+    watchdog: Watchdog | None = None  # told what the loop is at
+    tensorboard: Path = Path("runs/run/tensorboard")
+    sent: Callable[[], None] = lambda: (
+        None
+    )  # brings the logs to where they belong, before the checkpoint that needs them
 
 
 class Loop:
@@ -74,7 +84,8 @@ class Loop:
         self._tokens, self._since = 0, time.monotonic()
         self._steps: dict[tuple[int, ...], Any] = dict(parts.compiled)
         self._line = (self.step, self.stand.tokens, self.stand.seconds)  # at the last log line
-        self._trace = Trace(Path(config.run.dir or "runs/run") / "tensorboard", config.run.profile, self.progress.say)
+        traced = config.run.profile if parts.processes.first else None
+        self._trace = Trace(parts.tensorboard, traced, self.progress.say)
 
     def run(self) -> str:
         """Trains; returns why it ended. State, step and stand are then those of the last step."""
@@ -82,6 +93,7 @@ class Loop:
             if not self._resumed:
                 self._evaluate_and_save()
             reason = self._ended() or self._train()
+        self._doing("saving")
         self.parts.checkpoints.wait()
         return reason
 
@@ -89,6 +101,7 @@ class Loop:
         """Steps until the run has ended; returns why it did."""
         self._batches = Prefetch(self._prepare, self.step, self.steps)
         try:
+            self._doing("compiling")
             self._compiled(self._prepare(self.step)[0])
             self._since, self._batches.waited = time.monotonic(), 0.0
             self.progress.begin()
@@ -102,6 +115,10 @@ class Loop:
             self._batches.close()
             self._trace.close(self.step)
         return reason
+
+    def _doing(self, phase: str) -> None:
+        if self.parts.watchdog is not None:
+            self.parts.watchdog.doing(f"{phase} at step {self.step}")
 
     def wall_seconds(self) -> float:
         """Seconds of this start so far and of the earlier ones."""
@@ -117,6 +134,7 @@ class Loop:
         """The training step for batches of this shape; unpacked rows have a few shapes, packed ones have one."""
         shape = batch["tokens"].shape
         if shape not in self._steps:
+            self._doing("compiling")
             began = time.monotonic()
             arguments = self.state, self.parts.frozen, batch, self._key
             self._steps[shape] = self.parts.train_step.lower(*arguments).compile()
@@ -126,12 +144,18 @@ class Loop:
         return self._steps[shape]
 
     def _train_once(self) -> None:
+        first, last = self.config.run.profile or (1, 0)
+        if first <= self.step + 1 <= last:
+            self._doing("tracing")  # writing a trace takes as long as it takes
+        elif self.parts.watchdog is not None:
+            self.parts.watchdog.stepping(self.step + 1)
         batch, tokens = self._batches.next()
         step = self._compiled(batch)
         self._since += self._trace.begin(self.step + 1, self._pending[-1:])  # tracing is not training
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
             self.state, sums = step(self.state, self.parts.frozen, batch, self._key)
         self._pending.append(sums)
+        jax.block_until_ready(self._pending[-AHEAD - 1 : -AHEAD])
         self._tokens += tokens
         self.step += 1
         self._since += self._trace.end(self.step, sums)
@@ -181,7 +205,10 @@ class Loop:
         if self.parts.validation is None:
             self.stand.best_step = self.step
         else:
+            self._doing("evaluating")
             self._evaluate(self.parts.validation)
+        self._doing("saving")
+        self.parts.sent()
         self.stand.wall_seconds = self.wall_seconds()
         self.parts.checkpoints.save(self.step, self.state, dataclasses.asdict(self.stand), self.stand.best_step)
         self._since = time.monotonic()
@@ -189,7 +216,8 @@ class Loop:
     def _evaluate(self, validation: Loader) -> None:
         began = time.monotonic()
         parts = self.parts
-        loss, accuracy = measure(parts.eval_step, self.state.trainable, parts.frozen, validation, parts.mesh)
+        alive = (lambda: None) if parts.watchdog is None else parts.watchdog.alive
+        loss, accuracy = measure(parts.eval_step, self.state.trainable, parts.frozen, validation, parts.mesh, alive)
         record = {"step": self.step, "epoch": self._epoch(), "eval_loss": loss, "eval_mean_token_accuracy": accuracy}
         if not math.isfinite(loss):
             raise UserError(
@@ -217,8 +245,9 @@ class Loop:
 
     def _prepare(self, step: int) -> tuple[dict[str, jax.Array], int]:
         """The batch of a step on the devices, and its number of real tokens."""
-        batch = self.parts.train.batch_at(step)
-        return place_batch(batch, self.parts.mesh), int((batch.segments > 0).sum())
+        train, mesh = self.parts.train, self.parts.mesh
+        batch = train.batch_at(step, local_rows(mesh, train.batch_size))
+        return place_batch(batch, mesh), train.tokens_at(step)
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
@@ -227,9 +256,22 @@ def place_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def measure(
-    eval_step: Callable[..., Tally], trainable: Any, frozen: Any, loader: Loader, mesh: Mesh
+    eval_step: Callable[..., Tally],
+    trainable: Any,
+    frozen: Any,
+    loader: Loader,
+    mesh: Mesh,
+    alive: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """`(loss, token accuracy)` over all examples of `loader`: Σ nll / Σ tokens and Σ correct / Σ tokens."""
-    parts = [eval_step(trainable, frozen, place_batch(batch, mesh)) for batch in loader.evaluation_batches()]
+    """`(loss, token accuracy)` over all examples of `loader`: Σ nll / Σ tokens and Σ correct / Σ tokens.
+
+    `alive` is called for each batch that is done.
+    """
+    batches = loader.evaluation_batches(local_rows(mesh, loader.batch_size))
+    parts: list[Tally] = []
+    for batch in batches:
+        parts.append(eval_step(trainable, frozen, place_batch(batch, mesh)))
+        jax.block_until_ready(parts[-AHEAD - 1 : -AHEAD])
+        alive()
     nll, correct, weight = (math.fsum(map(float, column)) for column in zip(*jax.device_get(parts)))
     return nll / max(weight, 1.0), correct / max(weight, 1.0)

@@ -19,11 +19,15 @@ class Metrics:
     """Writes each record to `metrics.jsonl` and its numbers to `tensorboard/` under TRL's names.
 
     Opened at step `resumed`, it first drops what a run that was stopped had logged beyond that step, so that a resumed
-    run's log equals an uninterrupted one's.
+    run's log equals an uninterrupted one's. Of several processes one `writes`.
     """
 
-    def __init__(self, folder: Path, resumed: int | None = None):
+    def __init__(self, folder: Path, resumed: int | None = None, writes: bool = True):
         from tensorboardX import SummaryWriter
+
+        self._writes = writes
+        if not writes:
+            return
 
         self._file = folder / "metrics.jsonl"
         try:
@@ -37,6 +41,8 @@ class Metrics:
 
     def write(self, record: dict[str, Any]) -> None:
         """One line of `metrics.jsonl`, flushed, and one TensorBoard scalar per number; `step` is the x axis."""
+        if not self._writes:
+            return
         with self._file.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
         for name, value in record.items():
@@ -46,11 +52,13 @@ class Metrics:
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text panel, as an indented code block, so that nothing in it is read as Markdown or HTML."""
-        self._board.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
+        if self._writes:
+            self._board.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
 
     def close(self) -> None:
         """Flushes TensorBoard's file."""
-        self._board.close()
+        if self._writes:
+            self._board.close()
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxft.data import loader
 from jaxft.learn.loss import Tally, tally
 from jaxft.models import decoder
-from jaxft.parallel.sharding import constrain, replicated, spec
+from jaxft.parallel.sharding import constrain, from_host, replicated, spec
 from jaxft.weights.model import Loaded
 
 Batch = dict[str, jax.Array]  # tokens, targets, positions, segments int32 and weights float32, each [B,S]
@@ -46,7 +47,7 @@ def initial_state(loaded: Loaded, optimizer: optax.GradientTransformation, mesh:
     """Step 0, with every leaf placed on `mesh`: moments as their parameters, counters on every device."""
     placed = state_sharding(loaded, optimizer, mesh)
     moments = jax.jit(optimizer.init, out_shardings=placed.optimizer)(loaded.trainable)
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), placed.step), loaded.trainable, moments)
+    return TrainState(from_host(np.zeros((), np.int32), placed.step), loaded.trainable, moments)
 
 
 def state_sharding(loaded: Loaded, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -14,6 +14,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
+from jaxft.errors import UserError
+
 
 class Preserve(preservation_policy.PreservationPolicy):
     """Keeps the newest `keep` steps and the best one, which the loop names."""
@@ -30,16 +32,25 @@ class Preserve(preservation_policy.PreservationPolicy):
 class Checkpoints:
     """The checkpoints of one run folder; saving goes on in the background, `close` waits for it."""
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Any, keep: int):
+        """`folder` is a path, or an etils path in object storage."""
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every step of every save
         self._preserve = Preserve(keep)
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
+        try:
+            self._manager = self._open(folder)
+        except ModuleNotFoundError as error:
+            raise UserError(f"run.dir: {folder} needs {error.name}; `pip install 'jaxft[gcs]'`") from error
+
+    def _open(self, folder: Any) -> ocp.CheckpointManager:
+        local = isinstance(folder, Path)
+        return ocp.CheckpointManager(
+            folder.absolute() if local else folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._preserve,
                 save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),  # the loop decides
                 cleanup_tmp_directories=True,
-                todelete_subdir=".trash",  # renamed before deleted: a kill in between leaves no half-deleted step
+                # Renamed before deleted: a kill in between leaves no half-deleted step. Object storage renames nothing.
+                todelete_subdir=".trash" if local else None,
             ),
         )
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from jaxft.models.arch import Arch
 from jaxft.models.tensors import Tensor, initial_adapter, initial_magnitude, initial_weight
+from jaxft.parallel.sharding import from_host
 from jaxft.weights.hub import read_json
 from jaxft.weights.shards import Slice, check
 
@@ -138,7 +139,7 @@ def _set(stack: jax.Array, value: jax.Array, i: jax.Array) -> jax.Array:
 def random_base(rows: Iterable[Tensor], arch: Arch, mesh: Mesh, seed: int) -> dict[str, jax.Array]:
     """Path -> array: a seeded random start of every base tensor."""
     return {
-        row.path: jax.device_put(initial_weight(row, seed, arch.init_std), row.sharding(mesh))
+        row.path: from_host(initial_weight(row, seed, arch.init_std), row.sharding(mesh))
         for row in rows
         if not row.adapter
     }
@@ -153,4 +154,4 @@ def _fresh(row: Tensor, base: Mapping[str, jax.Array], mesh: Mesh, seed: int) ->
     module, _, leaf = row.path.rpartition(".")
     if leaf == "magnitude":
         return jax.jit(initial_magnitude, out_shardings=row.sharding(mesh))(base[f"{module}.kernel"])
-    return jax.device_put(initial_adapter(row, seed), row.sharding(mesh))
+    return from_host(initial_adapter(row, seed), row.sharding(mesh))

@@ -16,6 +16,7 @@ import numpy as np
 from jaxft.models.arch import Arch
 from jaxft.models.lora import Adaptation, Adapter
 from jaxft.models.tensors import Tensor
+from jaxft.parallel.sharding import on_host
 from jaxft.weights.hub import read_json
 from jaxft.weights.peft import AdapterFiles
 from jaxft.weights.shards import Slice, write_file
@@ -53,7 +54,7 @@ def trained(rows: Iterable[Tensor], arrays: Mapping[str, jax.Array], dtype: Any)
 
 
 def _in_hub_layout(piece: Callable[[], jax.Array], transposed: bool) -> Callable[[], np.ndarray]:
-    return lambda: np.asarray(piece()).T if transposed else np.asarray(piece())
+    return lambda: on_host(piece()).T if transposed else on_host(piece())
 
 
 def merged(files: Mapping[str, Slice], adapter: AdapterFiles, arch: Arch, dtype: Any | None = None) -> list[Pending]:
@@ -95,6 +96,12 @@ def with_pair(weight: np.ndarray, pair: Adapter, part: Callable[[str], np.ndarra
         length = np.maximum(np.linalg.norm(weight, axis=1), np.finfo(np.float32).tiny)  # a row of zeros stays one
         weight *= (part("lora_magnitude_vector").astype(np.float32) / length)[:, None]
     return weight
+
+
+def gather(tensors: Iterable[Pending]) -> None:
+    """The part in `save` of the processes that write nothing: each holds a share of every array."""
+    for tensor in tensors:
+        tensor.read()
 
 
 def save(folder: Path, tensors: list[Pending], config: Mapping[str, Any], source: Path, tokenizer: Path) -> None:

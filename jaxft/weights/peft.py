@@ -18,6 +18,7 @@ from jaxft.errors import UserError
 from jaxft.models import lora
 from jaxft.models.arch import Arch
 from jaxft.models.tensors import Tensor
+from jaxft.parallel.sharding import on_host
 from jaxft.weights import load, shards
 from jaxft.weights.hub import read_json
 from jaxft.weights.shards import Slice, open_file, write_file
@@ -174,11 +175,16 @@ def save(
     arch: Arch,
     base_model: str,
     revision: str | None = None,
+    writes: bool = True,
 ) -> None:
-    """Writes the adapter's two files into `folder`: what is trained in float32, every config key spelt out."""
+    """Writes the adapter's two files into `folder`: what is trained in float32, every config key spelt out.
+
+    Every process calls it, because the arrays lie on all of them; the one that `writes` does.
+    """
     held = [(row, row.saved) for row in rows if row.saved is not None]
     tensors = dict(pair for row, names in held for pair in hub_tensors(row, names, arrays[row.path]))
-    _write(folder, tensors, adapter_config(plan, arch, base_model, revision))
+    if writes:
+        _write(folder, tensors, adapter_config(plan, arch, base_model, revision))
 
 
 def rewrite(folder: Path, adapter: AdapterFiles, arch: Arch, base_model: str, revision: str | None = None) -> None:
@@ -195,7 +201,7 @@ def _write(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str,
 
 def hub_tensors(row: Tensor, names: tuple[str, ...], array: jax.Array) -> list[tuple[str, np.ndarray]]:
     """The tensors that a variable holds, called `names`: `(name, contiguous array)`, in the Hub's orientation."""
-    values = np.asarray(array)
+    values = on_host(array)
     pieces = list(values) if row.stacked else [values] * len(names)
     return [(name, np.ascontiguousarray(piece.T if row.transposed else piece)) for name, piece in zip(names, pieces)]
 
