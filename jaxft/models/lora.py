@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -262,9 +263,10 @@ def read(readers: Sequence[Linear], x: jax.Array, seed: jax.Array | None) -> lis
 def _lowered(readers: Sequence[Linear], x: jax.Array, seed: jax.Array | None) -> list[jax.Array]:
     """dropout(x) A of each reader, `[B,S,R]`, under one mask; in one product, because a few columns take as long as many."""
     rate = max(reader.adapter.dropout for reader in readers)
-    # Fused into a product of several A, the mask takes a TPU's compiler as long as all the rest of the layer.
-    dropped = x if seed is None or rate == 0 else ops.dropout(x, rate, seed, fused=len(readers) == 1)
-    low = dropped @ jnp.concatenate([reader.a[...] for reader in readers], axis=1).astype(x.dtype)
+    a = readers[0].a[...].astype(x.dtype)
+    if len(readers) > 1:
+        a = ops.apart(jnp.concatenate([reader.a[...] for reader in readers], axis=1).astype(x.dtype))
+    low = _dropped_product(x, a, None if rate == 0 else seed, rate)
     ends = np.cumsum([reader.adapter.rank for reader in readers])[:-1]
     return jnp.split(checkpoint_name(low, "low"), ends, axis=2)
 
@@ -285,6 +287,32 @@ def gathered_pairs(state: nnx.State, dtype: Any, mesh: Mesh | None) -> nnx.State
     return nnx.from_flat_state(flat)
 
 
+# A TPU's compiler takes long over a product of few columns that has much fused into it, so what those with A and B read and
+# make are arrays of their own: a fifth of the compiling or more, for -5 to +3 % of the bytes (tests/benchmarks/step.md).
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dropped_product(x: jax.Array, a: jax.Array, seed: jax.Array | None, rate: float) -> jax.Array:
+    """dropout(x) A, for x `[B,S,in]` and A `[in,R]`; without dropout where `seed` is None."""
+    return _dropped_forward(x, a, seed, rate)[0]
+
+
+def _dropped_forward(x: jax.Array, a: jax.Array, seed: jax.Array | None, rate: float) -> tuple[jax.Array, Any]:
+    dropped = x if seed is None else ops.apart(ops.dropout(x, rate, seed))
+    return dropped @ a, (dropped, a, seed)
+
+
+def _dropped_backward(rate: float, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    dropped, a, seed = kept
+    g = ops.apart(g)
+    of_a = jax.lax.dot_general(g, dropped, (((0, 1), (0, 1)), ((), ()))).T
+    of_x = ops.apart(jax.lax.dot_general(g, a, (((2,), (1,)), ((), ()))))
+    return of_x if seed is None else ops.dropout(of_x, rate, seed), of_a, None
+
+
+_dropped_product.defvjp(_dropped_forward, _dropped_backward)
+
+
 @jax.custom_vjp
 def _raised(low: jax.Array, b: jax.Array) -> jax.Array:
     """low `[B,S,R]` times B `[R,out]`, with B's gradient on a CPU as lowᵀ g.
@@ -292,11 +320,11 @@ def _raised(low: jax.Array, b: jax.Array) -> jax.Array:
     JAX's own is (gᵀ low)ᵀ, for which XLA on a CPU writes gᵀ `[out,B·S]` out, and what g is made of with it. On a TPU lowᵀ g
     computes the same and takes longer to compile.
     """
-    return low @ b
+    return _raised_forward(low, b)[0]
 
 
 def _raised_forward(low: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return low @ b, (low, b)
+    return ops.apart(low @ b), (low, b)
 
 
 def _raised_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -62,20 +62,23 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.A
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def dropout(x: jax.Array, rate: float, seed: jax.Array, *, fused: bool = True) -> jax.Array:
+def dropout(x: jax.Array, rate: float, seed: jax.Array) -> jax.Array:
     """x `[B,S,F]` with each element zeroed with probability `rate` and the rest scaled by 1 / (1 - rate).
 
     `seed` is uint32 `[2]`. The random bits are a hash of an element's place: a tenth of Threefry's arithmetic, nothing to
-    keep for the backward pass, and the same on any mesh. Not `fused`, the mask is an array of its own on a TPU.
+    keep for the backward pass, and the same on any mesh.
     """
     one, S = x[..., :1], x.shape[1]
     row = _index(one, 0) * np.uint32(S) + _index(one, 1)
     rows = _mixed(_mixed(row + seed[0]) ^ seed[1])
     bits = _mixed(rows + _index(x, 2) * np.uint32(0x9E3779B9))
     keep = bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
-    if not fused:
-        keep = jax.lax.platform_dependent(keep, tpu=jax.lax.optimization_barrier, default=lambda keep: keep)
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def apart(x: jax.Array) -> jax.Array:
+    """x as an array of its own on a TPU, fused into nothing that reads it."""
+    return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def _index(x: jax.Array, axis: int) -> jax.Array:

@@ -19,11 +19,11 @@ from jaxft.parallel.sharding import constrain
 HIDDEN_AXES = ("batch", None, None)
 
 # What a policy keeps for the backward pass; the rest is computed again. Norms, rope and activations always are: of matmuls,
-# dots repeats none, qkv the gated layer's first two, full all.
+# dots repeats none, qkv the gated layer's first two, full all but those with A, whose few columns cost next to nothing.
 KEPT = {
     "dots": ("wide", "narrow", "low", SAVED),
     "qkv": ("qkv", "narrow", "low", SAVED),
-    "full": (),
+    "full": ("low",),
 }
 
 
