@@ -122,12 +122,13 @@ def _settings(settings: Config) -> dict[str, Any]:
 
 
 def versions(version: str) -> dict[str, str]:
-    """Of what decides the figures; `version` is jaxft's."""
+    """Of what decides the figures, and how hard XLA tries (JAX_OPTIMIZATION_LEVEL); `version` is jaxft's."""
     try:
         compiler = importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
         compiler = "none"
-    return {"jaxft": version, "jax": jax.__version__, "libtpu": compiler}
+    level = str(jax.config.jax_optimization_level)
+    return {"jaxft": version, "jax": jax.__version__, "libtpu": compiler, "optimization_level": level}
 
 
 def recommended(found: Sequence[Row]) -> dict[str, str | None]:
