@@ -11,6 +11,7 @@ VERBS = {
     "plan": "compile the training step for a TPU slice, without one",
     "preview": "show a run's rows as they will be trained, without weights",
     "train": "fine-tune a model and export the best adapter",
+    "evaluate": "score a base model, or base against tuned, on the same prompts",
     "generate": "continue prompts with a base model or an adapter",
     "export": "write an adapter anew, or merge it into its base",
     "report": "write a run folder's report again, or compare runs",

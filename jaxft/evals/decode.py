@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +58,7 @@ class Generator:
         self.graphdef, self.trainable, self.frozen = decoder.split(model)
         self.eos = np.array(sorted(set(eos_ids)) or [-1], np.int32)
         self.tokenizer = tokenizer
+        self.answered: Callable[[], None] = lambda: None  # called after each batch
 
     def __call__(
         self,
@@ -73,7 +74,8 @@ class Generator:
         """New token ids up to and without the first EOS: `sampling.samples` answers per prompt, a prompt's side by side.
 
         A token is drawn from (seed, prompt's number, sample's, token's position), so that batching changes nothing; the
-        prompts' numbers are `documents`, or count from 0. Prompts are batched by length. An answer is given up, soon after but not at, where its text holds one of `stop`.
+        prompts' numbers are `documents`, or count from 0. Prompts are batched by length. An answer is given up, soon after
+        but not at, where its text holds one of `stop`.
         `trainable` replaces the model's own trainable parameters. An answer of `max_new_tokens` has not ended by itself.
         """
         self._check(prompts, max_new_tokens)
@@ -91,6 +93,7 @@ class Generator:
             for each, row in zip(chosen, out):
                 stops = np.flatnonzero(np.isin(row, self.eos))
                 answers[each] = row[: stops[0] if stops.size else None].tolist()
+            self.answered()
         return [answers[each] for each in wanted]
 
     def _batch(

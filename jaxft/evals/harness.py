@@ -7,10 +7,8 @@ own command with this model added. On several processes each runs the same evalu
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 # First: a registry that holds a model already hides the harness's own (lm-eval 0.4.13).
@@ -18,21 +16,12 @@ import lm_eval.models  # noqa: F401
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    has_bos_prefix,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from jaxft import config
-from jaxft.data.chat import load_tokenizer
 from jaxft.errors import UserError
 from jaxft.evals.decode import Generator, Sampling, eos_ids
 from jaxft.evals.score import Request, Scorer
-from jaxft.models import decoder
-from jaxft.parallel.mesh import make_mesh
-from jaxft.weights.model import load_decoder
+from jaxft.evals.subject import Subject, open_subject
 
 BATCH_SIZE = 16
 SETTINGS = {"do_sample", "temperature", "top_k", "top_p"}  # of generation, beside until and the length
@@ -44,7 +33,7 @@ class JaxftLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | Subject,
         adapter: str | None = None,
         batch_size: int | str = BATCH_SIZE,
         *,
@@ -58,20 +47,25 @@ class JaxftLM(TemplateLM):
     ):
         """`dtype` is that of weights and activations (auto: the checkpoint's); likelihoods are float32 whatever it is.
 
-        `batch_size` auto is 16. `add_bos_token` None leaves it to the tokenizer. `seed` is that of sampling.
+        `pretrained` may be what is loaded already; then `side` says as which of its sides it answers, and may be set
+        between tasks. `batch_size` auto is 16. `add_bos_token` None leaves it to the tokenizer. `seed` is that of sampling.
         `max_batch_size` and `device` are what the harness hands to every model: devices are JAX's.
         """
         super().__init__()
-        mesh = make_mesh(config.Mesh())
-        self.model, folder = load_decoder(pretrained, dtype, adapter, mesh, tokenizer)
-        self.tokenizer = load_tokenizer(folder)
+        loaded = isinstance(pretrained, Subject)
+        self.subject = pretrained if loaded else open_subject(pretrained, adapter, tokenizer, dtype)
+        self.side = next(iter(self.subject.sides))
+        self.model, self.tokenizer = self.subject.model, self.subject.tokenizer
         self.batch_size = BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
         self.max_length = max_length or self.model.arch.max_positions
         self.max_gen_toks = 256
         self.add_bos_token, self.seed = add_bos_token, seed
+        self.truncated: dict[
+            tuple[str, int], bool
+        ] = {}  # (task, document) -> cut at the limit, of the last answer to it
+        self.generated_tokens = 0
         self._generator = Generator(self.model, eos_ids(self.model, self.tokenizer), self.tokenizer)
         self._scorer = Scorer(self.model, self.batch_size, self.max_length)
-        self._origin = pretrained, adapter, dtype
 
     @property
     def eot_token_id(self) -> int:
@@ -81,8 +75,7 @@ class JaxftLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context: BOS, or EOS where there is none."""
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        return self.subject.prefix
 
     @property
     def tokenizer_name(self) -> str:
@@ -98,7 +91,8 @@ class JaxftLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The turns as one text."""
         if self.tokenizer.chat_template is None:
-            raise UserError(f"{self._origin[0]}: the tokenizer has no chat template; leave apply_chat_template out")
+            name = self.subject.origin["model"]
+            raise UserError(f"{name}: the tokenizer has no chat template; leave apply_chat_template out")
         options = {
             "add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt,
         }  # fmt: skip
@@ -106,15 +100,13 @@ class JaxftLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; None adds what the tokenizer adds by itself, and no second BOS to a text that begins with one."""
-        if add_special_tokens is None:
-            add_special_tokens = self.add_bos_token
-            if has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
-                add_special_tokens = False
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **options)
+        if add_special_tokens is not None:
+            return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return self.subject.encode(string, self.add_bos_token)
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        scores = self._scorer([Request(context, continuation) for _, context, continuation in requests])
+        asked = [Request(context, continuation) for _, context, continuation in requests]
+        scores = self._scorer(asked, self._trainable)
         answers = [(float(score.log_probability), score.greedy) for score in scores]
         for (text, _, _), answer in zip(requests, answers):
             if text is not None:
@@ -135,7 +127,7 @@ class JaxftLM(TemplateLM):
             start = len(found)
             found += [Request(*utils.make_disjoint_window(window)) for window in windows]
             spans.append(slice(start, len(found)))
-        scores = [score.log_probability for score in self._scorer(found)]
+        scores = [score.log_probability for score in self._scorer(found, self._trainable)]
         return [sum(scores[span]) for span in spans]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -165,10 +157,14 @@ class JaxftLM(TemplateLM):
         prompts = [self.tok_encode(request.args[0])[-room:] for request in requests]
         documents = [request.doc_id or 0 for request in requests]
         options = {"sampling": sampling, "stop": stop, "batch_size": self.batch_size, "documents": documents}
-        said = self._generator(prompts, max_new_tokens=new, **options)
-        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
-        texts = [postprocess_generated_text(text, stop, None) for text in texts]
+        said = self._generator(prompts, max_new_tokens=new, trainable=self._trainable, **options)
+        whole = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
+        texts = [postprocess_generated_text(text, stop, None) for text in whole]
         each = sampling.samples
+        self.generated_tokens += sum(map(len, said))
+        for i, request in enumerate(requests):
+            ended = len(said[i * each]) < new or texts[i * each] != whole[i * each]
+            self.truncated[request.task_name, request.doc_id] = not ended
         return [(texts[i * each : (i + 1) * each] * repeats)[:repeats] for i in range(len(requests))]
 
     def _sampling(self, settings: dict[str, Any], repeats: int) -> Sampling:
@@ -183,13 +179,17 @@ class JaxftLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What was measured, for the results: names, and the digest of the adapter."""
-        pretrained, adapter, dtype = self._origin
-        info = {"model": pretrained, "model_dtype": str(self.model.dtype), "dtype_asked": dtype}
-        info["model_num_parameters"] = sum(x.size for part in decoder.split(self.model)[1:] for x in part.values())
-        if adapter is not None:
-            weights = (Path(adapter) / "adapter_model.safetensors").read_bytes()
-            info |= {"adapter": str(adapter), "adapter_sha256": hashlib.sha256(weights).hexdigest()}
-        return info
+        origin = self.subject.origin
+        return {
+            "side": self.side,
+            "model_num_parameters": origin["parameters"],
+            "model_dtype": origin["dtype"],
+            **origin,
+        }
+
+    @property
+    def _trainable(self) -> dict[str, Any]:
+        return self.subject.sides[self.side]
 
 
 def _repeated(requests: Sequence[Any]) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,17 +114,40 @@ def prompts(
     Drawn shots come from `pool`, the training rows, by one Random(1234) for all rows: the same document gets other shots
     in another order or subset, so that only runs over the same rows in the same order compare.
     """
+    return [
+        "".join([*(f"{q} {a}{SHOT_END}" for q, a in shown), asked])
+        for shown, asked in _asked(protocol, rows, pool, shots)
+    ]
+
+
+def conversations(
+    protocol: Protocol,
+    rows: Sequence[Mapping[str, str]],
+    *,
+    pool: Sequence[Mapping[str, str]] = (),
+    shots: int | None = None,
+) -> list[list[dict[str, str]]]:
+    """The same as messages for a chat template: each shot is a turn of the user's and one of the assistant's."""
+    found = []
+    for shown, asked in _asked(protocol, rows, pool, shots):
+        turns = [turn for q, a in shown for turn in (("user", q), ("assistant", a))]
+        found.append([{"role": role, "content": content} for role, content in [*turns, ("user", asked)]])
+    return found
+
+
+def _asked(
+    protocol: Protocol, rows: Sequence[Mapping[str, str]], pool: Sequence[Mapping[str, str]], shots: int | None
+) -> Iterator[tuple[list[tuple[str, str]], str]]:
+    """For each row its shots, as questions and answers, and its own question, as they are worded."""
     count = protocol.shots if shots is None else shots
     source = protocol.exemplars or [(row["question"], row["answer"]) for row in pool]
     if not 0 <= count <= len(source):
         raise UserError(f"{protocol.name}: {count} shots asked for, {len(source)} rows to take them from")
     draw = random.Random(SHOT_SEED)
-    found = []
     for row in rows:
         chosen = source[:count] if protocol.exemplars else [source[i] for i in draw.sample(range(len(source)), count)]
-        shown = [f"{protocol.before}{q}{protocol.after} {a}{SHOT_END}" for q, a in chosen]
-        found.append("".join([*shown, protocol.before, row["question"], protocol.after]))
-    return found
+        shown = [(f"{protocol.before}{q}{protocol.after}", a) for q, a in chosen]
+        yield shown, f"{protocol.before}{row['question']}{protocol.after}"
 
 
 def reference(protocol: Protocol, row: Mapping[str, str]) -> str:
@@ -200,11 +223,16 @@ def refinement_prompts(protocol: Protocol, asked: Sequence[str], first: Sequence
     No task of the harness. Both passes are graded by the same extractors; what the second one changed is
     `comparison.compare(first right, second right)`.
     """
-    request = (
-        "\n\nCheck every step of the solution above. If a step is wrong, correct it. Then write the whole solution "
-        f"again, ending with {protocol.ending}\n\nChecked solution:"
+    asking = f"\n\n{check_request(protocol)}\n\nChecked solution:"
+    return [f"{prompt} {answer.strip()}{asking}" for prompt, answer in zip(asked, first, strict=True)]
+
+
+def check_request(protocol: Protocol) -> str:
+    """What self-refinement asks for after the first answer."""
+    return (
+        "Check every step of the solution above. If a step is wrong, correct it. Then write the whole solution "
+        f"again, ending with {protocol.ending}"
     )
-    return [f"{prompt} {answer.strip()}{request}" for prompt, answer in zip(asked, first, strict=True)]
 
 
 def described(protocol: Protocol, shots: int | None = None) -> dict[str, Any]:

@@ -43,8 +43,8 @@ class Scorer:
         self.rows = -(-batch_size // ways) * ways
         self.graphdef, self.trainable, self.frozen = decoder.split(model)
 
-    def __call__(self, requests: Sequence[Request]) -> list[Likelihood]:
-        """One per request, in their order.
+    def __call__(self, requests: Sequence[Request], trainable: dict[str, jax.Array] | None = None) -> list[Likelihood]:
+        """One per request, in their order; `trainable` replaces the model's own trainable parameters.
 
         An input longer than `max_length` loses its head, as in lm-evaluation-harness. Requests that differ in their last
         token alone, such as the letters of a multiple choice, are read once. Raises UserError for tokens that the model does
@@ -59,7 +59,8 @@ class Scorer:
         answers: list[Likelihood] = [Likelihood(0.0, True)] * len(requests)
         order = sorted(groups, key=lambda key: -len(key[0]))  # the longest first: what does not fit shows at once
         for start in range(0, len(order), self.rows):
-            self._score(order[start : start + self.rows], groups, requests, answers)
+            values = self.trainable if trainable is None else trainable
+            self._score(order[start : start + self.rows], groups, requests, answers, values)
         return answers
 
     def _check(self, i: int, request: Request) -> None:
@@ -76,7 +77,12 @@ class Scorer:
             )
 
     def _score(
-        self, keys: list[Any], groups: dict[Any, list[int]], requests: Sequence[Request], answers: list[Any]
+        self,
+        keys: list[Any],
+        groups: dict[Any, list[int]],
+        requests: Sequence[Request],
+        answers: list[Any],
+        trainable: dict[str, jax.Array],
     ) -> None:
         """Reads these inputs, at most `rows`, and sets the answers of their requests."""
         width, choices = _padded(max(len(key[0]) for key in keys)), _power(max(len(groups[key]) for key in keys))
@@ -90,7 +96,7 @@ class Scorer:
             tokens[row, : len(read)], lengths[row], counts[row] = read, len(read), count
             targets[row, :count] = continuation
             last[row, : len(groups[key])] = [requests[i].continuation[-1] for i in groups[key]]
-        weights = self.graphdef, self.trainable, self.frozen
+        weights = self.graphdef, trainable, self.frozen
         sums, greedy = _likelihoods(*weights, tokens, lengths, targets, counts, last)
         sums, greedy = on_host(sums), on_host(greedy)
         for row, key in enumerate(keys):

@@ -29,12 +29,22 @@ class Answerer:
 
     def __call__(self, rows: Sequence[Row], trainable: dict[str, jax.Array], limit: int | None = None) -> list[str]:
         """The greedy answer to each row, of at most `limit` tokens. A prompt too long for the model loses its head, not BOS."""
-        prompts = [self._fitted(chat.prompt_tokens(row, self.tokenizer, self.template)) for row in rows]
-        new = self.generator(prompts, max_new_tokens=min(self.new, limit or self.new), trainable=trainable)
-        return [continuation(self.tokenizer, prompt, tokens) for prompt, tokens in zip(prompts, new)]
+        return [text for text, _ in self.answered(rows, trainable, limit)]
 
-    def _fitted(self, prompt: list[int]) -> list[int]:
-        return prompt if len(prompt) <= self.room else prompt[:1] + prompt[len(prompt) - self.room + 1 :]
+    def answered(
+        self, rows: Sequence[Row], trainable: dict[str, jax.Array], limit: int | None = None
+    ) -> list[tuple[str, bool]]:
+        """Each answer, and whether it was cut at the limit."""
+        prompts = [fitted(chat.prompt_tokens(row, self.tokenizer, self.template), self.room) for row in rows]
+        most = min(self.new, limit or self.new)
+        new = self.generator(prompts, max_new_tokens=most, trainable=trainable)
+        texts = [continuation(self.tokenizer, prompt, tokens) for prompt, tokens in zip(prompts, new)]
+        return [(text, len(tokens) == most) for text, tokens in zip(texts, new)]
+
+
+def fitted(prompt: list[int], room: int) -> list[int]:
+    """The prompt in at most `room` tokens: what is too long loses its head, but for the first token, which is BOS."""
+    return prompt if len(prompt) <= room else prompt[:1] + prompt[len(prompt) - room + 1 :]
 
 
 def question(row: Row) -> str:
@@ -45,7 +55,9 @@ def question(row: Row) -> str:
 def final_answer(rows: Sequence[Row], answerer: Answerer, trainable: dict[str, jax.Array]) -> dict[str, Any]:
     """GSM8K's form: the number after `####`, compared with the reference's as text."""
     references = [row.turns[-1].content for row in rows]
-    scored = answers.score([question(row) for row in rows], references, answerer(rows, trainable))
+    said = answerer.answered(rows, trainable)
+    texts, cut = [text for text, _ in said], [was_cut for _, was_cut in said]
+    scored = answers.score([question(row) for row in rows], references, texts, cut)
     return answers.summary(scored, SHOWN)
 
 

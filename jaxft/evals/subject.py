@@ -1,0 +1,93 @@
+"""What is measured: one model on its devices, as the base it began as and as it was tuned, with one copy of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxft import config
+from jaxft.data.chat import load_tokenizer
+from jaxft.models.decoder import Decoder
+from jaxft.parallel.mesh import make_mesh
+from jaxft.weights import load
+from jaxft.weights.model import Loaded, Source, find, materialise
+
+BASE, TUNED = "base", "tuned"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A decoder and its tokenizer; each of `sides` (base, tuned) is the trainable parameters that make the decoder that one.
+
+    Frozen weights are shared by all sides. `origin` says what was opened, JSON-ready.
+    """
+
+    model: Decoder
+    tokenizer: Any
+    sides: Mapping[str, dict[str, jax.Array]]
+    origin: dict[str, Any]
+
+    def encode(self, text: str, special: bool | None = None) -> list[int]:
+        """Token ids; None adds what the tokenizer adds by itself, and no second BOS to a text that begins with one."""
+        if text.startswith(self.tokenizer.decode(self.prefix)):
+            special = False
+        options = {} if special is None else {"add_special_tokens": special}
+        return self.tokenizer.encode(text, **options)
+
+    @property
+    def prefix(self) -> int:
+        """What stands before a text without context: BOS, or EOS where there is none."""
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if bos is None else bos
+
+
+def open_subject(
+    name: str,
+    adapter: str | None = None,
+    tokenizer: str | None = None,
+    dtype: str = "auto",
+    *,
+    sides: tuple[str, ...] | None = None,
+) -> Subject:
+    """Loads a Hub id, local folder or builtin:tiny over all devices, with a PEFT adapter folder on top where given.
+
+    `sides` default to tuned with an adapter and to base without. Raises UserError.
+    """
+    source = find(config.Model(name=str(name), tokenizer=tokenizer, dtype=dtype, adapter=adapter and str(adapter)))
+    brought = load_tokenizer(source.tokenizer if tokenizer else source.tokenizer_beside_adapter)
+    mesh = make_mesh(config.Mesh())
+    loaded = materialise(source, mesh)
+    wanted = sides or ((TUNED,) if adapter else (BASE,))
+    values = {TUNED: loaded.trainable}
+    if BASE in wanted:
+        values[BASE] = _untrained(source, loaded, mesh) if adapter else loaded.trainable
+    origin = _origin(source, name, adapter, dtype) | {"parameters": sum(row.size for row in loaded.rows)}
+    return Subject(loaded.decoder(), brought, {side: values[side] for side in wanted}, origin)
+
+
+def _untrained(source: Source, loaded: Loaded, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """Parameters with which the adapted decoder is its base: pairs that add nothing, tensors as the base has them."""
+    rows = [row for row in loaded.rows if row.path in loaded.trainable]
+    files = source.files
+    kept = load.load_base(files, rows, mesh) if files is not None else {}
+    return kept | load.fresh_adapter(rows, loaded.frozen, mesh, seed=0)
+
+
+def _origin(source: Source, name: str, adapter: str | None, dtype: str) -> dict[str, Any]:
+    about = {
+        "model": str(name), "commit": source.commit, "family": source.arch.family, "dtype": str(source.dtype),
+        "dtype_asked": dtype, "config_sha256": _sha256(source.folder / "config.json"),
+    }  # fmt: skip
+    if source.adapter is not None:
+        weights = source.adapter.folder / "adapter_model.safetensors"
+        about |= {"adapter": str(adapter), "adapter_sha256": _sha256(weights)}
+    return about
+
+
+def _sha256(file: Path) -> str | None:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
