@@ -89,7 +89,20 @@ def imported(kind, folder):
     return SimpleNamespace(base=base, adapter=folder, oracle=oracle, ours=load(base, adapter=str(folder)))
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# Between them every family and every kind of thing that is trained; the others with the slow tests.
+QUICK = {
+    "gemma2, both, norms", "gemma2, untied, DoRA, head", "qwen2, tied, every bias, DoRA, both", "qwen2, a biased linear",
+    "qwen2, tied, both kept tied", "mistral, patterns, rank-stabilised DoRA", "openelm, embedding that is the head, norms",
+    "gemma2, untied, DoRA, both", "qwen3, norms", "openelm, patterns, embedding that is the head",
+    "qwen2, biases of the pairs, DoRA",
+}  # fmt: skip
+
+
+def slow_but_for_a_few(kinds):
+    return [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in kinds]
+
+
+@pytest.fixture(scope="module", params=slow_but_for_a_few(KINDS))
 def theirs(request, tmp_path_factory):
     return imported(request.param, tmp_path_factory.mktemp("theirs"))
 
@@ -126,7 +139,7 @@ STEPPED = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=STEPPED)
+@pytest.fixture(scope="module", params=slow_but_for_a_few(STEPPED))
 def stepped(request, tmp_path_factory):
     """An adapter that PEFT made, and what one step of plain gradient descent makes of it here."""
     theirs = imported(request.param, tmp_path_factory.mktemp("stepped"))
@@ -192,7 +205,7 @@ def stirred(loaded):
     return loaded
 
 
-@pytest.fixture(scope="module", params=LORAS)
+@pytest.fixture(scope="module", params=slow_but_for_a_few(LORAS))
 def exported(request, tmp_path_factory):
     """An adapter that jaxft made and saved, and PEFT's reading of it."""
     family, changes, lora = LORAS[request.param]

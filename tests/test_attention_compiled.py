@@ -72,6 +72,7 @@ def test_splash_compiles_for_a_v5e_and_runs_its_forward_pass_once(tpu_mesh):
     assert not re.search(r"all-(gather|reduce|to-all)|collective-permute", program)
 
 
+@pytest.mark.slow
 def test_splash_compiles_for_a_v6e(tpu_mesh):
     traced("splash", FAMILIES[::3], tpu_mesh("v6e:2x4")).lower().compile()
 

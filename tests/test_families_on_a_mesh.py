@@ -43,6 +43,7 @@ def test_eight_devices_equal_one(family, tmp_path):
         assert two_steps(folder, make_mesh(mesh), "embed_tokens") == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_openelm_on_eight_devices_equals_one_and_its_odd_heads_are_not_cut(tmp_path):
     openelm.save(openelm.openelm(vocab_size=96), tmp_path)
     one = two_steps(tmp_path, make_mesh(devices=jax.devices()[:1]), "token_embeddings")

@@ -89,7 +89,7 @@ def test_samples_follow_the_models_distribution(folder, generator):
     assert (np.abs(counts - draws * wanted) <= 5 * np.sqrt(draws * wanted) + 1).all()
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(7, None), (None, 0.6), (20, 0.5), (1, None), (500, 1.0)])
+@pytest.mark.parametrize(("top_k", "top_p"), [(7, None), (20, 0.5)])
 def test_what_may_be_drawn_is_what_transformers_leaves(top_k, top_p, folder, generator):
     from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 

@@ -112,6 +112,7 @@ def test_the_model_is_known_to_the_harness_by_name(tasks):
     assert found["results"]["texts"]["sample_len"] == 2
 
 
+@pytest.mark.slow  # test_generation holds the same of the Generator
 def test_sampled_answers_do_not_depend_on_the_batch_and_repeats_differ():
     from lm_eval.api.instance import Instance
 
@@ -147,9 +148,13 @@ REQUESTS = [
 ]  # fmt: skip
 
 
-def scored(folder, request):
+@pytest.fixture(scope="module")
+def model(folder):
+    return load(folder).decoder()
+
+
+def scored(model, request):
     """As `lm_eval.models.huggingface` does it: log-softmax of all logits of the last 256 tokens."""
-    model = load(folder).decoder()
     whole = [*request.context, *request.continuation][-257:]
     logits = np.asarray(jax.jit(lambda m, t: m(t))(model, np.array([whole[:-1]])))[0].astype(np.float64)
     logits = logits[-len(request.continuation) :]
@@ -162,21 +167,21 @@ def scored(folder, request):
     return log[np.arange(len(targets)), targets].sum(), bool((log.argmax(1) == targets).all())
 
 
-@pytest.mark.parametrize("size", [1, 16])
-def test_a_continuation_scores_the_sum_of_its_tokens_whatever_the_batch(size, folder):
-    found = Scorer(load(folder).decoder(), size)(REQUESTS)
-    for one, request in zip(found, REQUESTS, strict=True):
-        wanted, greedy = scored(folder, request)
-        assert one.log_probability == pytest.approx(wanted, rel=1e-5)
-        assert one.greedy == greedy
-    best = int(np.argmax(np.asarray(load(folder).decoder()(np.array([REQUESTS[0].context])))[0, -1]))
-    first = [Request(REQUESTS[0].context, [token]) for token in (best, (best + 1) % 96)]
-    assert [one.greedy for one in Scorer(load(folder).decoder(), size)(first)] == [True, False]
+def test_a_continuation_scores_the_sum_of_its_tokens_whatever_the_batch(model):
+    wanted = [scored(model, request) for request in REQUESTS]
+    for size in (1, 16):
+        scorer = Scorer(model, size)
+        for one, (log_probability, greedy) in zip(scorer(REQUESTS), wanted, strict=True):
+            assert one.log_probability == pytest.approx(log_probability, rel=1e-5)
+            assert one.greedy == greedy
+        best = int(np.argmax(np.asarray(model(np.array([REQUESTS[0].context])))[0, -1]))
+        first = [Request(REQUESTS[0].context, [token]) for token in (best, (best + 1) % 96)]
+        assert [one.greedy for one in scorer(first)] == [True, False]
 
 
-def test_eight_devices_score_what_one_scores(folder):
+def test_eight_devices_score_what_one_scores(folder, model):
     spread = Scorer(load(folder, mesh=make_mesh(Mesh(data=2, fsdp=2, tensor=2))).decoder(), 4)(REQUESTS)
-    one = Scorer(load(folder).decoder(), 4)(REQUESTS)
+    one = Scorer(model, 4)(REQUESTS)
     assert [s.log_probability for s in spread] == pytest.approx([s.log_probability for s in one], rel=1e-5)
     assert [s.greedy for s in spread] == [s.greedy for s in one]
 
@@ -189,6 +194,6 @@ def test_eight_devices_score_what_one_scores(folder):
         (Request([1], [5] * 257), "request 0: a continuation of 257 tokens; the model reads at most 256"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(request_, shown, folder):
+def test_what_cannot_be_scored_is_refused(request_, shown, model):
     with pytest.raises(UserError, match=shown):
-        Scorer(load(folder).decoder())([request_])
+        Scorer(model)([request_])
