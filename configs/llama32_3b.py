@@ -4,6 +4,8 @@ Hardware: v5e-4, v6e-1 or larger; a GPU of 24 GB and more. Memory: 6.4 GB of bfl
 Work: 3.3 million real tokens, 43 PFLOP; at half of a v6e-1's peak that is a minute and a half of steps. That is arithmetic: the
 run itself has not been made here. No base score is published in this protocol.
 The repository is gated: accept the licence at https://huggingface.co/meta-llama/Llama-3.2-3B and run `hf auth login`.
+Planned 2026-11-21 by `jaxft.plan --batch auto`, not run: v6e-8 is cheapest and fastest (32 rows, dots, 7.9 of 31.24 GiB a
+chip): 14 s, $0.08; v5e-1 (4 rows, 13.2 of 15.75 GiB) 14 min, $0.27. What the published run paid is not published.
 """
 
 from jaxft.config import Config, Data, Eval, Lora, Model, Optim

@@ -2,6 +2,8 @@
 
 Hardware: one v5e or v6e chip; a GPU of 12 GB and more. Memory: 3.1 GB of bfloat16 weights. Work: 3.8 million real tokens,
 24 PFLOP; at half of a v5e-1's peak that is 4 minutes of steps. That is arithmetic: the run itself has not been made here.
+Planned 2026-11-21 by `jaxft.plan --batch auto`, not run: v6e-1 is cheapest (16 rows, dots, 25.4 of 31.24 GiB): 1.3 min, $0.06;
+v6e-8 is fastest: 10 s, $0.06. What the published run paid is not published.
 """
 
 from jaxft.config import Config, Data, Eval, Lora, Model, Optim
