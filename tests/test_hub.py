@@ -271,7 +271,7 @@ def test_a_download_broken_off_leaves_nothing_damaged_and_the_next_completes_it(
 VERBS = """
 import json, sys
 from jaxft import errors, export, train
-def interrupted(job, started, folder, began):
+def interrupted(job, started, folder, *_):
     folder.update({"best_loss": 0.0})
     train._export(job, started.loaded, folder, started.state.trainable)  # as a run does at its end
     raise KeyboardInterrupt

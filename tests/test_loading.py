@@ -237,7 +237,8 @@ def test_no_tensor_is_read_before_all_are_checked(folder, tmp_path, monkeypatch)
         load(broken)
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_accelerators_way_of_stacking_gives_the_same_arrays(dtype, folder, monkeypatch):
     wanted = values(load(folder, Lora(), dtype=dtype))
     monkeypatch.setattr(weights_load, "_takes_host_buffers", lambda mesh: False)

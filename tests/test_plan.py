@@ -269,7 +269,7 @@ def test_gpus_are_planned_from_arithmetic_and_say_so(capsys, tmp_path):
     assert h200["method"] == h100["method"] == row.ARITHMETIC and h100["chips"] == 8
     assert h200["usd"] == pytest.approx(h200["hours"] * 3.5) and h200["price_source"] == "run.usd_per_chip_hour"
     assert not l4["fits"] and l4["error_kind"] == "memory" and l4["free_bytes_per_chip"] < 0
-    assert whole["fastest"] == "8xH100" and {"jax", "libtpu", "jaxft"} == set(whole["versions"])
+    assert whole["fastest"] == "8xH100" and {"jax", "libtpu", "jaxft", "optimization_level"} == set(whole["versions"])
     assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
     assert pages.runs([whole]).count("\n") == 4 and "paid" in pages.runs([whole])
     assert "8xH100" in pages.lines([whole]) and "$5.95" in pages.lines([whole])

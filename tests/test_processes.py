@@ -323,12 +323,13 @@ def test_when_one_hangs_all_print_their_stacks_and_end():
     [([0], "processes 1, 2 of 3"), ([1], "process 0 at 127.0.0.1:{port}"), ([0, 2], "process 1 of 3")],
 )
 def test_a_process_started_alone_says_what_it_waits_for_and_ends(only, missing):
-    with Members(3, only=only, limit=6) as members:
+    limit = 6 if len(only) == 1 else 20  # the other one has to come in time, on a busy machine too
+    with Members(3, only=only, limit=limit) as members:
         missing = missing.format(port=members.port)
         code, said = members.end(only[0])
         first, last = said.splitlines()
         assert code == 2 and first.startswith("waiting for process")
-        assert last == f"error: waited 6 s for {missing}; every process runs the same command"
+        assert last == f"error: waited {limit} s for {missing}; every process runs the same command"
         if len(only) > 1:  # which process 0 tells, since it is not to call an empty house again
             assert members.end(only[1])[0] == 2
 

@@ -178,6 +178,7 @@ def test_a_run_that_never_gets_better_stops_early_and_gives_the_adapter_of_step_
     assert any(value.any() for name, value in adapter.items() if "lora_A" in name)
 
 
+@pytest.mark.slow
 def test_training_every_weight_writes_a_model_that_transformers_reads(tmp_path):
     import torch
     import transformers
