@@ -79,6 +79,7 @@ class Wire:
 
     def __init__(self, connection: socket.socket):
         self.connection, self._rest, self._sending = connection, b"", threading.Lock()
+        self.kept: list[dict[str, Any]] = []  # read already, and for whoever reads next
         connection.settimeout(SEND_SECONDS)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A host that is gone sends nothing, not even the end: the system asks after 6 s of silence and gives up at 18.
@@ -102,6 +103,9 @@ class Wire:
 
     def read(self) -> list[dict[str, Any]] | None:
         """The messages that have come; waits for some bytes. None where the other end is gone or speaks otherwise."""
+        if self.kept:
+            kept, self.kept = self.kept, []
+            return kept
         try:
             got = self.connection.recv(1 << 16)
         except TimeoutError:
@@ -274,10 +278,11 @@ def _call(place: Place, hello: Mapping[str, Any], told: Told, deadline: float, l
             if said is None:  # process 0 has gone; another may be started in its place
                 wire.close()
                 wire = None
-            for message in said or ():
+            for number, message in enumerate(said or ()):
                 if "refused" in message:
                     raise UserError(str(message["refused"]))
                 if "go" in message:
+                    wire.kept = said[number + 1 :]  # process 0 may have gone on already
                     met, wire = Peer(0, str(message["go"]), wire), None
                     return met
                 what = str(message.get("missing", what))

@@ -136,7 +136,8 @@ class Processes:
         """Hears the others out until one ends, or all have left."""
         turn = time.monotonic()
         while open_to := [peer for peer in self._peers.values() if not self._seen[peer.index].left]:
-            ready = readable([peer.wire for peer in open_to], 1.0)
+            wires = [peer.wire for peer in open_to]
+            ready = [wire for wire in wires if wire.kept] or readable(wires, 1.0)
             if time.monotonic() - turn > PAUSE_SECONDS:
                 for seen in self._seen.values():
                     seen.at = time.monotonic()
