@@ -153,6 +153,7 @@ def alone(tmp_path_factory):
         return run.all_end_well()
 
 
+@pytest.mark.slow  # half a minute of two cores
 def test_two_processes_are_one_process_with_as_many_devices(alone, tmp_path):
     """To the last bit; process 0 alone writes and prints, each reads its share, and the coordinator listens where asked."""
     with Run(tmp_path / "run", 2, 1, program=("-c", COUNTING)) as run:

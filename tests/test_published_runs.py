@@ -122,10 +122,8 @@ def rows(data, file):
     return file
 
 
-QUICK = ("openelm_3b.py",)  # the one that differs most from Llama; each takes a quarter of a minute
-
-
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])
+@pytest.mark.slow  # each takes a quarter of a minute
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_rehearsed_from_checkpoint_to_adapter(name, tmp_path, monkeypatch, capsys):
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first)
