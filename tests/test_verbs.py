@@ -108,7 +108,7 @@ def test_the_readmes_commands_run_as_written_and_the_default_learns(tmp_path):
     for command in filter(needs_no_network, commands()):
         ended = run(*shlex.split(command)[2:], cwd=tmp_path)
         assert ended.returncode == 0, (command, ended.stderr)
-        if "generate" in command:
+        if "jaxft.generate " in command:
             assert "#### 17" in ended.stdout
     report = json.loads((tmp_path / "runs/tiny_cpu/report.json").read_text())
     sides = report["tasks"]["final_answer"]
