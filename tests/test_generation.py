@@ -8,7 +8,8 @@ from checkpoints import llama, load, peft_model, reload, save, tokens
 
 from jaxft import config
 from jaxft.errors import UserError
-from jaxft.evals.decode import CHUNK, Generator, Sampling, cut
+from jaxft.evals.decode import CHUNK, Generator, Sampling
+from jaxft.evals.protocols import cut
 from jaxft.parallel.mesh import make_mesh
 
 NEW = 12

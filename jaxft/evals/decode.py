@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.errors import UserError
+from jaxft.evals.protocols import cut
 from jaxft.models import decoder
 from jaxft.parallel.sharding import batch_ways, constrain, on_host
 
@@ -272,11 +273,6 @@ def complete(
     new = generator(tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
     asked = [prompt for prompt in tokens for _ in range(sampling.samples)]
     return [cut(continuation(tokenizer, before, after), stop) for before, after in zip(asked, new)]
-
-
-def cut(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first of `stop`."""
-    return functools.reduce(lambda text, end: text.split(end)[0] if end else text, stop, text)
 
 
 def continuation(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:

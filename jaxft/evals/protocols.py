@@ -156,8 +156,8 @@ def reference(protocol: Protocol, row: Mapping[str, str]) -> str:
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """`text` before the first stop, for each stop in order; nothing is stripped."""
-    for stop in stops:
+    """`text` before the first stop, for each stop in order, empty ones apart; nothing is stripped."""
+    for stop in filter(None, stops):
         text = text.split(stop)[0]
     return text
 

@@ -28,8 +28,10 @@ def make_mesh(mesh: config.Mesh = config.Mesh(), devices: Sequence[Any] | None =
     """
     devices = list(jax.devices() if devices is None else devices)
     slices = _slices(mesh.slices, devices)
-    data, fsdp, tensor = _sizes([mesh.data, mesh.fsdp, mesh.tensor], len(slices[0]), len(slices))
-    laid = np.concatenate([_laid(each, (data, fsdp, tensor)) for each in slices])
+    sizes = _sizes([mesh.data, mesh.fsdp, mesh.tensor], len(slices[0]), len(slices))
+    laid = np.concatenate(
+        [mesh_utils.create_device_mesh(sizes, each, allow_split_physical_axes=True) for each in slices]
+    )
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -50,15 +52,6 @@ def _slices(asked: int, devices: list[Any]) -> list[list[Any]]:
             f"mesh.slices={asked}: {len(devices)} device(s) do not make so many equal slices; use -1 for one"
         )
     return np.array(devices).reshape(count, -1).tolist()
-
-
-def _laid(devices: list[Any], shape: tuple[int, int, int]) -> np.ndarray:
-    """One slice's devices in that shape; JAX knows how a TPU's chips are wired."""
-    if any(
-        getattr(device, "core_on_chip", 0) for device in devices
-    ):  # a v4 compiled for core by core, which JAX refuses
-        return np.array(devices).reshape(shape)
-    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def _sizes(asked: list[int], devices: int, slices: int) -> list[int]:
