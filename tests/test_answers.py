@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxft.evals import answers
-from jaxft.evals.answers import COT_STRICT, COT_VOTE, FLEXIBLE, STRICT
+from jaxft.analysis.gsm8k import answers
+from jaxft.analysis.gsm8k.answers import COT_STRICT, COT_VOTE, FLEXIBLE, STRICT
 
 TEXTS = st.text(alphabet="#-$.,0123459 aZ\n'İ" + string.punctuation, max_size=40) | st.from_regex(
     r"(#### |The answer is )-?\$?[0-9.,]{0,6}[.\n ]?", fullmatch=True

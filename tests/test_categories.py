@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from jaxft.evals import arithmetic, categories, mistakes, units
-from jaxft.evals.categories import classes, problem
+from jaxft.analysis.gsm8k import arithmetic, categories, mistakes, units
+from jaxft.analysis.gsm8k.categories import classes, problem
 
 
 def rows_of(shared, part):

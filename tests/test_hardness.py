@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
+from jaxft.analysis import contamination, hardness, instructions, outliers
+from jaxft.analysis.gsm8k import categories
+from jaxft.analysis.statistics import wilson
 from jaxft.errors import UserError
-from jaxft.evals import categories, contamination, hardness, instructions, outliers
-from jaxft.evals.statistics import wilson
 
 
 def problems(n: int, seed: int = 0):

@@ -19,7 +19,7 @@ LAYERS = {
     "jaxft.plans": 4,
     "jaxft.weights": 3, "jaxft.data": 3, "jaxft.tiny": 3,
     "jaxft.models": 2,
-    "jaxft.parallel": 1, "jaxft.models.ops": 1,
+    "jaxft.parallel": 1, "jaxft.models.ops": 1, "jaxft.analysis": 1,
     "jaxft.command_line": 0,
     "jaxft.config": 0, "jaxft.errors": 0, "jaxft.chips": 0, "jaxft.models.arch": 0, "jaxft.models.families": 0,
 }  # fmt: skip
@@ -111,6 +111,13 @@ def test_the_lowest_layer_loads_with_the_standard_library_alone():
     for module, source in sources().items():
         if layer(module) == 0:
             roots = {name.partition(".")[0] for name in imports(source, top_level=True)} - {"jaxft"}
+            assert roots <= sys.stdlib_module_names, module
+
+
+def test_what_is_computed_from_plain_numbers_needs_no_jax():
+    for module, source in sources().items():
+        if within(module, "jaxft.analysis"):
+            roots = {name.partition(".")[0] for name in imports(source)} - {"jaxft", "numpy", "scipy"}
             assert roots <= sys.stdlib_module_names, module
 
 

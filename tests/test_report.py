@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from jaxft import config, report
+from jaxft.analysis.gsm8k.answers import score, summary
 from jaxft.errors import UserError
-from jaxft.evals.answers import score, summary
 from jaxft.reports import document, plots
 
 TAGS = '</pre><script>alert(1)</script><img src="http://evil.example/x.png">'

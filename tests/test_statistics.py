@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from jaxft.analysis import comparison, statistics
+from jaxft.analysis.comparison import Measured, compare, panel
+from jaxft.analysis.statistics import bootstrap
 from jaxft.errors import UserError
-from jaxft.evals import comparison, statistics
-from jaxft.evals.comparison import Measured, compare, panel
-from jaxft.evals.statistics import bootstrap
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (3, 7), (660, 1319), (1318, 1319)])

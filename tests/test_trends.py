@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from jaxft.analysis import overfitting, published, quantities, token_accuracy, trends
+from jaxft.analysis.overfitting import Losses
 from jaxft.errors import UserError
-from jaxft.evals import overfitting, published, quantities, token_accuracy, trends
-from jaxft.evals.overfitting import Losses
 
 
 def test_the_slope_is_theil_and_sen_s():

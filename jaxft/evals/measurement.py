@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.analysis import hardness
+from jaxft.analysis.comparison import Measured, compare
+from jaxft.analysis.gsm8k import categories, mistakes
+from jaxft.analysis.gsm8k.answers import INVALID
+from jaxft.analysis.gsm8k.mistakes import Mistake
+from jaxft.analysis.statistics import bootstrap, standard_error, wilson
 from jaxft.errors import UserError
-from jaxft.evals import categories, hardness, mistakes
-from jaxft.evals.answers import INVALID
-from jaxft.evals.comparison import Measured, compare
-from jaxft.evals.mistakes import Mistake
-from jaxft.evals.statistics import bootstrap, standard_error, wilson
 from jaxft.evals.subject import BASE, TUNED
 
 

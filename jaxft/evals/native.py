@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxft.analysis.gsm8k.answers import FLEXIBLE, STRICT, exact_match
+from jaxft.analysis.gsm8k.mistakes import mistake
+from jaxft.analysis.statistics import standard_error
 from jaxft.data import chat
 from jaxft.data.rows import Row, Turn
 from jaxft.errors import UserError
 from jaxft.evals import protocols
-from jaxft.evals.answers import FLEXIBLE, STRICT, exact_match
 from jaxft.evals.decode import Generator, Sampling, continuation, eos_ids
 from jaxft.evals.measurement import Answer, Document, Measurement, Side, check_pairs, classes_of, sha256
-from jaxft.evals.mistakes import mistake
 from jaxft.evals.protocols import PROTOCOLS, Protocol
 from jaxft.evals.self_consistency import majority, majority_vote
-from jaxft.evals.statistics import standard_error
 from jaxft.evals.subject import Subject
 from jaxft.evals.tasks import fitted, question
 

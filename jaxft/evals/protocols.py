@@ -7,9 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxft.analysis.gsm8k.answers import (
+    COT_STRICT,
+    COT_VOTE,
+    FLEXIBLE,
+    INVALID,
+    STRICT,
+    Extractor,
+    exact_match,
+    same_number,
+)
+from jaxft.analysis.statistics import standard_error, wilson
 from jaxft.errors import UserError
-from jaxft.evals.answers import COT_STRICT, COT_VOTE, FLEXIBLE, INVALID, STRICT, Extractor, exact_match, same_number
-from jaxft.evals.statistics import standard_error, wilson
 
 SHOT_SEED = 1234
 SHOT_END = "\n\n"

@@ -17,17 +17,17 @@ what was asked for. `results.json`, one object:
     - `sides`: side -> `metrics` (metric -> `value`, `interval`, `interval_kind`, `stderr`), `invalid` (filter -> share in which
       nothing was found), `truncated` (share cut at the limit of new tokens, or null), `documents`, `generated_tokens`,
       `seconds` (compiling included; for lm-eval those of all its tasks together), `tokens_per_second`
-    - `comparisons`: metric -> base against tuned as `evals.comparison.Comparison`: `first` is base, `second` is tuned; for
+    - `comparisons`: metric -> base against tuned as `analysis.comparison.Comparison`: `first` is base, `second` is tuned; for
       metrics that are not right or wrong, `documents`, `difference` and `difference_interval` alone
     - `refinement`: side -> metric -> Comparison of the first pass with the second one; {} for other tasks
-    - `categories`: rows as `evals.hardness.Category`, with `measured` (the side) and `examples` (`doc_id`, `question`,
+    - `categories`: rows as `analysis.hardness.Category`, with `measured` (the side) and `examples` (`doc_id`, `question`,
       `reference`, `output`) where `flag` is set
-    - `mistakes`: side -> rows of `evals.mistakes.counts`, whose examples have the same fields
+    - `mistakes`: side -> rows of `analysis.gsm8k.mistakes.counts`, whose examples have the same fields
     - `contamination`: null, or `trained` (questions compared with), `kinds` (`kind`, `documents`, `shared`, `share`,
       `share_interval`, `offenders`: the first 20, `evaluation` and `train` numbers and what is shared), `nearest_similarity`,
       `nearest`, `with_and_without`: exact match of all, of the shared and of the other documents
     - `samples`: the name of the file below; null for a group
-- `panel`: a row per task (a group counts once) as `evals.comparison.PanelRow`; p-values are Holm's over the panel.
+- `panel`: a row per task (a group counts once) as `analysis.comparison.PanelRow`; p-values are Holm's over the panel.
 - `verdicts`: sentences, one per claim. `published`: scores of this base that were published, each with protocol and source.
 - `definitions`: what each quantity means.
 
@@ -49,10 +49,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from jaxft.analysis import contamination, published
+from jaxft.analysis.comparison import PanelRow, panel
 from jaxft.errors import UserError
-from jaxft.evals import contamination, published
 from jaxft.evals import measurement as measuring
-from jaxft.evals.comparison import PanelRow, panel
 from jaxft.evals.measurement import Measurement
 from jaxft.evals.subject import BASE
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxft.analysis.gsm8k.answers import COT_VOTE, INVALID, Extractor, exact_match, number, same_number
+from jaxft.analysis.statistics import wilson
 from jaxft.errors import UserError
-from jaxft.evals.answers import COT_VOTE, INVALID, Extractor, exact_match, number, same_number
-from jaxft.evals.statistics import wilson
 
 
 def majority(votes: Sequence[str]) -> str:

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
+from jaxft.analysis.gsm8k import answers
 from jaxft.data import chat
 from jaxft.data.rows import Row
 from jaxft.errors import UserError
-from jaxft.evals import answers
 from jaxft.evals.decode import Generator, continuation, eos_ids
 from jaxft.models.decoder import Decoder
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxft.analysis.statistics import robust_z
 from jaxft.errors import UserError
-from jaxft.evals.statistics import robust_z
 
 THRESHOLD = 3.5
 """Robust z above which an example stands out (Iglewicz and Hoaglin 1993)."""

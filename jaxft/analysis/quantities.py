@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from jaxft.evals import token_accuracy, trends
+from jaxft.analysis import token_accuracy, trends
 
 TRAIN = "train_loss_decrease_percent"
 VALIDATION = "validation_loss_decrease_percent"

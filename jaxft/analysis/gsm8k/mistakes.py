@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from jaxft.evals import units
-from jaxft.evals.answers import INVALID, STRICT, Extractor, exact_match, number
-from jaxft.evals.arithmetic import equations
-from jaxft.evals.statistics import wilson
+from jaxft.analysis.gsm8k import units
+from jaxft.analysis.gsm8k.answers import INVALID, STRICT, Extractor, exact_match, number
+from jaxft.analysis.gsm8k.arithmetic import equations
+from jaxft.analysis.statistics import wilson
 
 KINDS = {
     "truncated": "cut at the limit of new tokens before a final answer",

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxft.analysis.comparison import compare
+from jaxft.analysis.statistics import benjamini_hochberg, wilson
 from jaxft.errors import UserError
-from jaxft.evals.comparison import compare
-from jaxft.evals.statistics import benjamini_hochberg, wilson
 
 LEAST = 30  # documents of a category, and outside it, below which it is not shown
 LEVEL = 0.05

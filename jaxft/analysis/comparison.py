@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxft.analysis.statistics import bootstrap, detectable_difference, holm, mcnemar, wilson
 from jaxft.errors import UserError
-from jaxft.evals.statistics import bootstrap, detectable_difference, holm, mcnemar, wilson
 
 LEVEL = 0.05
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxft.analysis.statistics import bootstrap
 from jaxft.errors import UserError
-from jaxft.evals.statistics import bootstrap
 
 FINAL_SHARE = 0.1
 POINTS = 200

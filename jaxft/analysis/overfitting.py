@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxft.analysis.statistics import bootstrap, wilson
 from jaxft.errors import UserError
-from jaxft.evals.statistics import bootstrap, wilson
 
 LEVEL = 0.05
 GAP_NATS = 0.15

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from jaxft.evals.statistics import wilson
+from jaxft.analysis.statistics import wilson
 
 INVALID = "[invalid]"
 IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")  # deleted from prediction and reference, in this order

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from jaxft.evals import units
-from jaxft.evals.arithmetic import ANNOTATION, NUMBER, value
+from jaxft.analysis.gsm8k import units
+from jaxft.analysis.gsm8k.arithmetic import ANNOTATION, NUMBER, value
 
 _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "

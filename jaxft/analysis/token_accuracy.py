@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxft.analysis.gsm8k.arithmetic import ANNOTATION, NUMBER
+from jaxft.analysis.statistics import bootstrap
 from jaxft.errors import UserError
-from jaxft.evals.arithmetic import ANNOTATION, NUMBER
-from jaxft.evals.statistics import bootstrap
 
 LABEL = "teacher-forced next-token accuracy, not task accuracy"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.evals.statistics import wilson
+from jaxft.analysis.statistics import wilson
 
 GRAMS = (13, 8)
 """Words in a row: 13 as GPT-3's authors looked for copies of their test sets (arXiv 2005.14165, appendix C); 8 as the
