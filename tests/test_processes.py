@@ -1,6 +1,8 @@
 """Processes meet over loopback, agree, and all end when one does."""
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 import threading

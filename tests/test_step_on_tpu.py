@@ -167,8 +167,10 @@ def test_the_plan_lowers_the_step_that_train_compiles(settings, compiled):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("rows", "gib"), [(8, 8.0), (16, 13.4)])
+@pytest.mark.parametrize(
+    ("rows", "gib"),
+    [pytest.param(8, 8.0, marks=pytest.mark.slow), pytest.param(16, 13.4, marks=pytest.mark.exhaustive)],
+)
 def test_gemma_2_9b_takes_no_more_of_a_v5e_chip_than_this(rows, gib):
     """Other slices take minutes to compile for: `python -m tests.benchmarks.step`."""
     _, found = traced("gemma2_9b.py", "dots", "v5e-8", rows)
