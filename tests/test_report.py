@@ -13,7 +13,7 @@ import pytest
 from jaxft import config, report
 from jaxft.analysis.gsm8k.answers import score, summary
 from jaxft.errors import UserError
-from jaxft.reports import document, plots
+from jaxft.reports import document, markdown, plots
 
 TAGS = '</pre><script>alert(1)</script><img src="http://evil.example/x.png">'
 HOSTILE = TAGS + " | `a` ```` \x1b[31m\u202e\ud800 & **b** [c](d)"
@@ -118,6 +118,7 @@ def test_report_json_has_the_runs_figures(run):
     assert figures["decrease"] == pytest.approx(
         {"train_loss": 1 - 0.5 / 1.83, "eval_loss": 1 - 0.9 / 2.0, "eval_loss_to_best": 1 - 0.8 / 2.0}
     )
+    assert figures["quantities"]["validation_loss_decrease_percent"]["value"] == pytest.approx(60)
     assert figures["missing"] == []
 
 
@@ -131,8 +132,8 @@ def test_task_metrics_keep_their_names_and_intervals(run):
         low, high = scores[model]["exact_match_interval"]
         assert low < scores[model]["exact_match"] < high
     written = (run / "report.md").read_text()
-    assert "**80.0 %** (95 % interval 49.0 to 94.3 %) with the tuned weights" in written
-    assert "is not task accuracy" in written
+    assert "base **10.0 %** (1.8 to 40.4), tuned **80.0 %** (49.0 to 94.3); the intervals do not overlap" in written
+    assert "It is not task accuracy" in written
 
 
 def test_cost_is_hours_times_chips_times_price_and_unknown_without_a_price(run, tmp_path, undrawn):
@@ -170,27 +171,13 @@ def test_speed_use_of_the_chips_and_memory_are_told_where_they_were_logged(run, 
     assert "utilisation" not in told and "Peak device memory" not in told
 
 
-def test_the_overfitting_flag_follows_its_rule(run):
-    from jaxft.reports.figures import overfitting
-
-    def flag(train, held_out):
-        named = [dict(zip(("start", "best", "end"), values, strict=True)) for values in (train, held_out)]
-        return overfitting(*named)["flag"]
-
-    assert read(run)["overfitting"]["flag"] is True  # 0.9 is 12.5 % above 0.8
-    assert flag((1.0, 0.5, 0.5), (1.0, 0.6, 0.6)) is False
-    assert flag((1.0, 0.5, 0.5), (1.0, 0.6, 0.61)) is False  # 1.7 % above the best
-    assert flag((1.0, 0.18, 0.18), (1.0, 0.77, 0.77)) is True  # 82 % against 23 %
-    assert flag((1.0, 0.94, 0.94), (1.0, 0.98, 0.98)) is False  # three times as much, yet 4 points
-    assert flag((None, None, None), (1.0, 0.6, 0.6)) is None
-
-
 def test_the_page_loads_nothing_and_holds_only_our_tags(run):
     text = (run / "report.html").read_text()
     page = Page(text)
     ours = {
         "html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "h3", "p", "ul", "li", "div", "strong",
         "code", "table", "thead", "tbody", "tr", "th", "td", "picture", "source", "img", "figure", "figcaption", "pre",
+        "details", "summary",
     }  # fmt: skip
     assert {tag for tag, _ in page.tags} <= ours and not page.open
     for tag, attributes in page.tags:
@@ -223,7 +210,7 @@ def test_data_in_markdown_stays_inside_fences_and_code_spans(run):
 
 def test_a_table_cell_with_a_bar_stays_one_cell():
     table = document.Table(("a", "b"), [("x|y", document.Code("p|q`r"))])
-    assert document.markdown([table]).splitlines()[2] == "| x\\|y | ``p\\|q`r`` |"
+    assert markdown.markdown([table]).splitlines()[2] == "| x\\|y | ``p\\|q`r`` |"
 
 
 def test_the_same_folder_gives_the_same_bytes(run, tmp_path):
@@ -296,11 +283,15 @@ def test_several_runs_are_compared_on_stdout(tmp_path, capsys, undrawn):
     other = finished(tmp_path / "other", price=None, metrics=lines(evaluations=((0, 2.0, 0.4), (10, 1.0, 0.6))))
     assert report.main([str(finished(tmp_path / "finished")), str(other)]) == 0
     said = capsys.readouterr().out
-    table = {re.split(r" {2,}", line)[0]: re.split(r" {2,}", line)[1:] for line in said.splitlines() if line}
+    table: dict[str, list[str]] = {}
+    for line in filter(
+        None, said[said.rindex("\n\n  ") :].splitlines()
+    ):  # a long cell goes on in lines that begin with spaces
+        table.setdefault(re.split(r" {2,}", line)[0], re.split(r" {2,}", line)[1:])
     assert table[""] == ["finished", "other"]
-    assert table["final_answer exact_match"] == ["10.0 % -> 80.0 %"] * 2
-    assert table["eval_loss start -> best"] == ["2.0000 -> 0.8000", "2.0000 -> 1.0000"]
-    assert table["cost"] == ["3.00 USD", "unknown (no price given)"]
+    assert table["final_answer exact_match, n 10"] == ["10.0 % (1.8 to 40.4) → 80.0 % (49.0 to 94.3)"] * 2
+    assert table["Validation loss"] == ["2.0000 → 0.8000 (−60.0 %)", "2.0000 → 1.0000 (−50.0 %)"]
+    assert table["Cost"] == ["3.00 USD", "unknown (no price given)"]
     assert all((other / name).is_file() for name in FILES)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ GRAMS = (13, 8)
 first Llama and PaLM reports did, where stock phrases count too."""
 SHINGLE = 3
 NEAR = 0.6
+CHUNK = 4096  # training texts looked at together
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing
 _WORD = re.compile(r"\w+")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
@@ -120,19 +122,45 @@ def _duplicates(train: list[list[str]], held: list[list[str]]) -> dict[int, Offe
     }
 
 
-def _runs(train: list[list[str]], held: list[list[str]], size: int) -> dict[int, Offender]:
-    """The first run of `size` words that each evaluation text shares, looked for among those of evaluation texts alone."""
-    wanted = {run for words in held for run in _grams(words, size)}
-    first: dict[tuple[str, ...], int] = {}
-    for i, words in enumerate(train):
-        for run in wanted.intersection(_grams(words, size)):
-            first.setdefault(run, i)
-    found = {}
-    for i, words in enumerate(held):
-        shared = next((run for run in _grams(words, size) if run in first), None)
-        if shared is not None:
-            found[i] = Offender(i, first[shared], " ".join(shared))
+def shared_runs(train: Sequence[str], evaluation: Sequence[str], size: int = GRAMS[0]) -> dict[int, Offender]:
+    """Evaluation text -> its first run of `size` words that a training text has too, and the first such text."""
+    return _runs(_words(train), _words(evaluation), size)
+
+
+def _runs(train: Sequence[list[str]], held: Sequence[list[str]], size: int) -> dict[int, Offender]:
+    """Runs of words are numbers of 64 bits: ten million runs against a thousand million share one by chance in one of two
+    thousand cases, and take 8 bytes each. Training texts are looked at a chunk at a time."""
+    vocabulary: dict[str, int] = {}
+    asked, of_text = _hashed(held, size, lambda word: vocabulary.setdefault(word, len(vocabulary) + 1))
+    wanted, first = np.unique(asked), {}
+    for start in range(0, len(train) if len(wanted) else 0, CHUNK):
+        hashes, owners = _hashed(train[start : start + CHUNK], size, lambda word: vocabulary.get(word, 0))
+        at = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
+        for i in np.flatnonzero(wanted[at] == hashes).tolist():
+            first.setdefault(int(hashes[i]), start + int(owners[i]))
+    found: dict[int, Offender] = {}
+    for i in np.flatnonzero(np.isin(asked, np.array(list(first), np.uint64))).tolist():
+        text = int(of_text[i])
+        if text not in found:
+            nth = i - int(np.searchsorted(of_text, text))
+            found[text] = Offender(text, first[int(asked[i])], " ".join(held[text][nth : nth + size]))
     return found
+
+
+def _hashed(texts: Sequence[list[str]], size: int, number_of: Callable[[str], int]) -> tuple[np.ndarray, np.ndarray]:
+    """A hash (uint64) of each run of `size` words, and the number of its text; `number_of` numbers the words."""
+    hashes, owners = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    for number, words in enumerate(texts):
+        runs = len(words) - size + 1
+        if runs > 0:
+            ids = np.array([number_of(word) for word in words], np.uint64)
+            found = np.zeros(runs, np.uint64)
+            for at in range(size):
+                found = (found ^ ids[at : at + runs]) * _FACTOR
+                found ^= found >> np.uint64(29)  # multiplying alone never moves anything down to the low bits
+            hashes.append(found)
+            owners.append(np.full(runs, number, np.int64))
+    return np.concatenate(hashes), np.concatenate(owners)
 
 
 def _grams(words: list[str], size: int) -> list[tuple[str, ...]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxft.analysis.comparison import compare
+from jaxft.analysis.outliers import excess
 from jaxft.analysis.statistics import benjamini_hochberg, wilson
 from jaxft.errors import UserError
 
@@ -74,6 +75,69 @@ def table(
         for (key, member), (odds, _), p in zip(shown.items(), tested, adjusted)
     ]
     return sorted(rows, key=lambda row: (row.p_value, -abs(math.log(row.odds_ratio))))
+
+
+@dataclass(frozen=True)
+class LossCategory:
+    """One class of one dimension by the losses of its documents, where nothing was graded.
+
+    `loss` is the mean NLL per token there, before training `base`. `factor` is by how much losses per token exceed what the
+    documents' lengths let expect, beside documents outside the class: the ratio of geometric means of loss / expected, with
+    its 95 % interval (Welch). `p_value` is that test's, two-sided, adjusted by Benjamini and Hochberg over the table.
+    `flag`: hard or easy where that is below 0.05, else nothing.
+    """
+
+    dimension: str
+    name: str
+    documents: int
+    base: float | None
+    loss: float
+    factor: float
+    factor_interval: tuple[float, float]
+    p_value: float
+    flag: str
+
+
+def by_loss(
+    classes: Sequence[Mapping[str, str]],
+    nll: Sequence[float],
+    tokens: Sequence[int],
+    base: Sequence[float] | None = None,
+    *,
+    least: int = LEAST,
+) -> list[LossCategory]:
+    """A row per class with at least `least` documents inside and outside, the surest deviation first; NLL are sums."""
+    if not classes or any(len(given) != len(classes) for given in (nll, tokens, nll if base is None else base)):
+        raise UserError(f"a table of categories needs the same documents in every column; found {len(classes)} classes")
+    shown = _shown(classes, least)
+    if not shown:
+        return []
+    order = sorted(excess(nll, tokens), key=lambda e: e.document)
+    residual = np.log([max(e.loss, 1e-12) / e.expected for e in order])
+    tests = [_welch(residual[member], residual[~member]) for member in shown.values()]
+    adjusted = benjamini_hochberg([p for *_, p in tests])
+    counted, after = np.asarray(tokens, np.float64), np.asarray(nll, np.float64)
+    rows = []
+    for ((dimension, name), member), (away, low, high, _), p in zip(shown.items(), tests, adjusted):
+        size = counted[member].sum()
+        before = None if base is None else float(np.asarray(base, np.float64)[member].sum() / size)
+        flag = "" if p >= LEVEL else "hard" if away > 0 else "easy"
+        factors = tuple(float(np.exp(np.clip(x, -50, 50))) for x in (away, low, high))
+        rows.append(LossCategory(dimension, name, int(member.sum()), before, float(after[member].sum() / size),
+                                 factors[0], factors[1:], p, flag))  # fmt: skip
+    return sorted(rows, key=lambda row: (row.p_value, -abs(math.log(row.factor))))
+
+
+def _welch(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float, float, float]:
+    """The difference of means with its 95 % interval and two-sided p; variances may differ."""
+    from scipy.stats import ttest_ind
+
+    if np.ptp(inside) == 0 and np.ptp(outside) == 0:
+        away = float(inside[0] - outside[0])
+        return away, away, away, 1.0
+    found = ttest_ind(inside, outside, equal_var=False)
+    low, high = found.confidence_interval()
+    return float(inside.mean() - outside.mean()), float(low), float(high), float(found.pvalue)
 
 
 def _shown(classes: Sequence[Mapping[str, str]], least: int) -> dict[tuple[str, str], np.ndarray]:

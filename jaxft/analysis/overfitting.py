@@ -14,6 +14,7 @@ LEVEL = 0.05
 GAP_NATS = 0.15
 GAP_POINTS = 30.0
 EXACT_POINTS = 15.0
+UNMEASURED = "not measured"
 RULE = (
     "raised when (i) the validation loss at the end is above that at the best step, paired over examples, one-sided "
     f"p < {LEVEL:g}; or (ii) the gap between validation loss and the loss on a fixed sample of training rows grew by more "
@@ -44,7 +45,10 @@ class Sign:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`flag`: True where any clause is raised, False where none is and all were measured, else None."""
+    """`flag`: True where any clause is raised; else None where one of the two on losses was not measured, else False.
+
+    Exact match on training rows takes generating answers to them, which few runs do: where it is missing, say so beside it.
+    """
 
     flag: bool | None
     signs: tuple[Sign, ...]
@@ -56,17 +60,52 @@ def verdict(
     probe: Losses | None = None,
     exact: tuple[Sequence[bool], Sequence[bool]] | None = None,
     *,
+    means: tuple[float, float, float] | None = None,
+    train_means: tuple[float, float] | None = None,
+    train_means_are: str = "",
     seed: int = 0,
 ) -> Verdict:
-    """Applies RULE; `probe` is a fixed sample of training rows, `exact` rightness on it and on validation rows."""
-    unmeasured = "not measured"
+    """Applies RULE; `probe` is a fixed sample of training rows, `exact` rightness on it and on validation rows.
+
+    Where losses per example are not at hand, `means` are the validation losses per token at the start, the best step and the
+    end, and `train_means` those of training rows at the start and the end, with a word on where they come from.
+    """
     signs = (
-        Sign("rise", None, unmeasured) if validation is None else _rise(validation, seed),
-        Sign("gap", None, unmeasured) if validation is None or probe is None else _gap(validation, probe),
-        Sign("exact match", None, unmeasured) if exact is None else _exact(*exact),
+        _rise_of(validation, means, seed),
+        _gap_of(validation, probe, means, train_means, train_means_are),
+        Sign("exact match", None, UNMEASURED) if exact is None else _exact(*exact),
     )
     raised = [sign.raised for sign in signs]
-    return Verdict(True if True in raised else None if None in raised else False, signs)
+    return Verdict(True if True in raised else None if None in raised[:2] else False, signs)
+
+
+def _rise_of(validation: Losses | None, means: tuple[float, float, float] | None, seed: int) -> Sign:
+    if validation is not None:
+        return _rise(validation, seed)
+    if means is None:
+        return Sign("rise", None, UNMEASURED)
+    _, best, end = means
+    if end <= best:
+        return Sign("rise", False, "the validation loss at the end is not above that at the best step")
+    words = f"{end - best:+.4f} nats per token; whether that is chance, losses per example would tell"
+    return Sign("rise", None, words)
+
+
+def _gap_of(
+    validation: Losses | None,
+    probe: Losses | None,
+    means: tuple[float, float, float] | None,
+    train_means: tuple[float, float] | None,
+    train_means_are: str,
+) -> Sign:
+    if validation is not None and probe is not None:
+        return _gap(validation, probe)
+    if means is None or train_means is None:
+        return Sign("gap", None, UNMEASURED)
+    if min(train_means[0], means[0]) <= 0:
+        return Sign("gap", None, "the losses at the start are not above 0")
+    found = gap(*train_means, means[0], means[2])
+    return Sign("gap", found.raised, f"{found.figures}{train_means_are and f' ({train_means_are})'}")
 
 
 def gap(train_start: float, train_end: float, validation_start: float, validation_end: float) -> Sign:

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 BENCHMARKS = ("GSM8K", "MMLU", "ARC-C", "ARC-E", "HellaSwag", "TruthfulQA", "DROP", "Winogrande")
 
+TASKS = {
+    "gsm8k": "GSM8K", "gsm8k_cot": "GSM8K", "mmlu": "MMLU", "arc_challenge": "ARC-C", "arc_easy": "ARC-E",
+    "hellaswag": "HellaSwag", "truthfulqa_mc2": "TruthfulQA", "drop": "DROP", "winogrande": "Winogrande",
+}  # fmt: skip
+"""The benchmark that a task of lm-evaluation-harness measures."""
+
 
 @dataclass(frozen=True)
 class Score:

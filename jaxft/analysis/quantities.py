@@ -57,7 +57,7 @@ def _tokens(lines: Sequence[Mapping[str, float]]) -> list[float] | None:
 def _validation(at: Mapping[float, Mapping[str, float]], best_step: int | None) -> dict[str, Any]:
     definition = (
         "100 · (start - best) / start of the validation loss (Σ nll / Σ supervised tokens, dropout off): start is step 0, "
-        "before any training, best is the step whose weights are kept; `to_end` is the same with the last evaluation"
+        "before any training, best is the step whose weights are kept; to the end it is the same with the last evaluation"
     )
     steps = sorted(at)
     if 0 not in at or best_step not in at:
@@ -71,9 +71,9 @@ def _final(
     train: Sequence[Mapping[str, float]], evaluations: Sequence[Mapping[str, float]], seed: int
 ) -> dict[str, Any]:
     definition = (
-        f"Theil-Sen slope of the logged train loss over the last {trends.FINAL_SHARE:.0%} of steps × their number / mean loss, "
-        "in percent, with a 95 % moving-block bootstrap interval; still improving only where the whole interval is below 0 and "
-        "validation loss falls there too; a learning rate near 0 flattens it by itself"
+        f"Theil-Sen slope of the logged train loss over the last {100 * trends.FINAL_SHARE:g} % of steps × their number / mean "
+        "loss, in percent, with a 95 % moving-block bootstrap interval; still improving only where the whole interval is "
+        "below 0 and validation loss falls there too; a learning rate near 0 flattens it by itself"
     )
     found = (
         trends.final_steps([line["step"] for line in train], [line["loss"] for line in train], seed=seed)
@@ -82,7 +82,8 @@ def _final(
     )
     if found is None:
         return _unknown(
-            definition, f"fewer than {trends.LEAST_POINTS} log lines in the last {trends.FINAL_SHARE:.0%} of steps"
+            definition,
+            f"fewer than {trends.LEAST_POINTS} log lines in the last {100 * trends.FINAL_SHARE:g} % of steps",
         )
     improving = trends.still_improving(
         found, [line["step"] for line in evaluations], [line["eval_loss"] for line in evaluations]

@@ -12,6 +12,9 @@ from jaxft.analysis.statistics import bootstrap
 from jaxft.errors import UserError
 
 LABEL = "teacher-forced next-token accuracy, not task accuracy"
+NGRAM_ACCURACY = 0.40
+"""What counts of up to six tokens in a row score on GSM8K's test answers, without any network: the commonest continuation in
+its training answers of the longest context that occurs there. 0.392 with Llama 3's tokens, 0.411 with Llama 2's."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,15 @@ def measure(
     ):
         raise UserError("token accuracy needs the same rows and tokens at both times")
     kept = [np.asarray(c, bool) for c in counted]
-    sizes = np.array([k.sum() for k in kept], np.float64)
-    right = np.array(
-        [[np.asarray(row, bool)[k].sum() for row, k in zip(rows, kept)] for rows in (start, end)], np.float64
-    )
+    right = [[int(np.asarray(row, bool)[k].sum()) for row, k in zip(rows, kept)] for rows in (start, end)]
+    return of_counts(*right, [int(k.sum()) for k in kept], seed=seed)
+
+
+def of_counts(start: Sequence[int], end: Sequence[int], tokens: Sequence[int], *, seed: int = 0) -> TokenAccuracy:
+    """The same from each row's number of right tokens at both times, and its number of counted tokens."""
+    if not len(start) == len(end) == len(tokens):
+        raise UserError("token accuracy needs the same rows at both times")
+    sizes, right = np.asarray(tokens, np.float64), np.asarray([start, end], np.float64)
     right, sizes = right[:, sizes > 0], sizes[sizes > 0]
     if not len(sizes):
         raise UserError("token accuracy needs at least one counted token")

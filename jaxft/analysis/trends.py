@@ -114,7 +114,8 @@ def trend(steps: Sequence[int] | np.ndarray, losses: Sequence[float] | np.ndarra
     block = _block(residuals)
     drawn = _slopes(x, slope * x + _blocks(residuals, block, np.random.default_rng(seed)))
     low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
-    scale = float(at[-1] - at[0]) / float(loss.mean())
+    mean = float(loss.mean())
+    scale = float(at[-1] - at[0]) / mean if mean else math.nan
     return Trend(
         int(at[0]), int(at[-1]), len(at), block, slope, (low, high), slope * scale, (low * scale, high * scale)
     )

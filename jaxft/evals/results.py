@@ -69,10 +69,6 @@ DEFINITIONS = {
     "equal_number": "the extracted final answer equals the reference's as a number; not a figure of the harness",
     "tokens_per_second": "generated tokens over wall seconds, with compiling",
 }
-BENCHMARKS = {
-    "gsm8k": "GSM8K", "gsm8k_cot": "GSM8K", "mmlu": "MMLU", "arc_challenge": "ARC-C", "arc_easy": "ARC-E",
-    "hellaswag": "HellaSwag", "truthfulqa_mc2": "TruthfulQA", "drop": "DROP", "winogrande": "Winogrande",
-}  # fmt: skip
 
 
 def content(
@@ -197,7 +193,7 @@ def _cautions(measurement: Measurement, told: Mapping[str, Any]) -> list[str]:
 
 
 def _published(model: str, measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
-    names = dict.fromkeys(BENCHMARKS[m.task] for m in measurements if m.task in BENCHMARKS)
+    names = dict.fromkeys(published.TASKS[m.task] for m in measurements if m.task in published.TASKS)
     return [asdict(score) for name in names for score in published.of_model(model, name)]
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from jaxft.reports.document import Code, Inline
 from jaxft.reports.figures import MEDIANS
-from jaxft.reports.folder import RunRecord, number
+from jaxft.reports.fitting import number
+from jaxft.reports.folder import RunRecord
 from jaxft.reports.wording import UNKNOWN, brief, clock, share, usd, whole
 
 Row = tuple[Inline, Inline]
@@ -96,6 +97,17 @@ def _trained(run: RunRecord, model: dict[str, Any]) -> Inline:
     targets = ", ".join(map(str, targets)) if isinstance(targets, list) else str(targets)
     begun = ["; started from ", Code(str(start))] if start else []
     return [f"LoRA adapter: {', '.join(settings)}, targets ", Code(targets), *begun, count]
+
+
+def adapter(run: RunRecord) -> str:
+    """What was trained, in a few words."""
+    if "lora" not in run.config:
+        return UNKNOWN
+    if run.config["lora"] is None:
+        return "all weights"
+    rank, alpha, dropout = (brief(run.setting(f"lora.{name}")) for name in ("rank", "alpha", "dropout"))
+    kinds = [name for name in ("rslora", "dora") if run.setting(f"lora.{name}") is True]
+    return ", ".join([f"LoRA r {rank}, α {alpha}, dropout {dropout}", *kinds])
 
 
 def _source(run: RunRecord) -> Inline:

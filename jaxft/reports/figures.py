@@ -8,18 +8,18 @@ from typing import Any
 
 from jaxft import chips
 from jaxft.reports import planned
-from jaxft.reports.folder import RunRecord, number
-from jaxft.reports.wording import change, share
+from jaxft.reports.fitting import number
+from jaxft.reports.folder import RunRecord
+from jaxft.reports.records import of_split
+from jaxft.reports.sections import goodput, movement, teacher_forced
 
-RISE, RATIO, MARGIN = 0.02, 2.0, 0.10
-OVERFITTING_RULE = (
-    f"raised when eval_loss at the end is more than {RISE * 100:.0f} % above its best, or when train loss fell by more "
-    f"than {RATIO:g} times the share that eval_loss fell (both start to end) and by {MARGIN * 100:.0f} points or more"
-)
 TOLD = ("versions", "device", "mesh", "model", "data", "steps", "step", "train_seconds", "wall_seconds", "tokens")
 MEDIANS = ("tokens_per_second", "tokens_per_second_per_chip", "seconds_per_step", "data_wait", "mfu")
 PEAKS = ("device_memory_gib", "host_memory_gib")
-COUNTS = ("problems", "invalid")  # of a task's scores, beside its metrics
+EVALUATED = (
+    "eval_loss", "eval_bits_per_byte", "eval_mean_token_accuracy", "eval_token_accuracy_without_annotations",
+    "eval_token_accuracy_final_answer", "probe_loss", "probe_mean_token_accuracy",
+)  # fmt: skip
 
 
 def summarise(run: RunRecord) -> dict[str, Any]:
@@ -29,8 +29,11 @@ def summarise(run: RunRecord) -> dict[str, Any]:
     the exported weights, not each figure's own best; `end` is the last line.
     """
     best = best_step(run)
-    eval_loss = _evaluated(run, "eval_loss", best)
-    train_loss = _trained(run, "loss", best)
+    evaluated = {key: _evaluated(run, key, best) for key in EVALUATED}
+    if evaluated["eval_bits_per_byte"]["start"] is None:
+        evaluated["eval_bits_per_byte"] = teacher_forced.bits_per_byte(of_split(run.examples, "validation"))
+    eval_loss, train_loss = evaluated["eval_loss"], _trained(run, "loss", best)
+    logged = _logged(run)
     return {
         "run": run.name,
         "state": _word(run.fact("state")),
@@ -45,19 +48,20 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "steps": run.count("steps"),
         "step": _last_step(run),
         "best_step": best,
-        "eval_loss": eval_loss,
+        **evaluated,
         "eval_perplexity": {k: None if v is None or v > 700 else math.exp(v) for k, v in eval_loss.items()},
-        "eval_mean_token_accuracy": _evaluated(run, "eval_mean_token_accuracy", best),
         "train_loss": train_loss,
         "train_mean_token_accuracy": _trained(run, "mean_token_accuracy", best),
         "last_evaluation_step": run.evaluations[-1]["step"] if run.evaluations else None,
         "train_start_step": run.train[0]["step"] if run.train else None,
         "decrease": _decreases(train_loss, eval_loss),
-        "overfitting": overfitting(train_loss, eval_loss),
+        "teacher_forced": teacher_forced.measure(run),
+        **movement.measure(run, best),
         "tasks": _tasks(run),
         **_spent(run),
-        **_logged(run),
-        "planned_and_measured": planned.compare(run, _logged(run)),
+        **logged,
+        "goodput_phases": goodput.measure(run),
+        "planned_and_measured": planned.compare(run, logged),
         "missing": missing(run),
     }
 
@@ -68,21 +72,6 @@ def best_step(run: RunRecord) -> int | None:
     if told is not None:
         return int(told)
     return min(run.evaluations, key=lambda r: r["eval_loss"])["step"] if run.evaluations else None
-
-
-def overfitting(train_loss: dict[str, float | None], eval_loss: dict[str, float | None]) -> dict[str, Any]:
-    """`flag` by OVERFITTING_RULE, None where the figures do not suffice, and the `signs` that raised it."""
-    fell = _decreases(train_loss, eval_loss)
-    best, end = eval_loss["best"], eval_loss["end"]
-    signs = []
-    rise = None if not best or end is None else end / best - 1
-    if rise is not None and rise > RISE:
-        signs.append(f"eval_loss ended {share(rise)} above its best")
-    train, held_out = fell["train_loss"], fell["eval_loss"]
-    if train is not None and held_out is not None and train > RATIO * held_out and train - held_out >= MARGIN:
-        signs.append(f"train loss changed by {change(train)}, eval_loss by {change(held_out)}")
-    known = rise is not None and train is not None and held_out is not None
-    return {"flag": True if signs else False if known else None, "signs": signs, "rule": OVERFITTING_RULE}
 
 
 def missing(run: RunRecord) -> list[str]:

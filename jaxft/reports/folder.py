@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jaxft.errors import UserError
+from jaxft.reports import evaluations, records
+from jaxft.reports.fitting import number
+from jaxft.reports.records import parsed, text_of
 
 FILES = ("config.json", "metrics.jsonl", "results.json")
 
@@ -23,11 +24,24 @@ class RunRecord:
     train: list[dict[str, Any]]  # log lines of training, by step
     evaluations: list[dict[str, Any]]  # evaluation lines, by step
     damage: list[str]
+    examples: list[records.Example] = field(default_factory=list)  # of the validation rows and the probe
+    answers: dict[str, list[records.Problem]] = field(default_factory=dict)  # of the run's own tasks
+    measured: list[evaluations.Evaluation] = field(
+        default_factory=list
+    )  # of `python -m jaxft.evaluate`, the oldest first
+    phases: list[records.Phase] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         """The folder's own name."""
         return self.path.resolve().name
+
+    @property
+    def of_gsm8k(self) -> bool:
+        """Whether the rows are GSM8K's own, as far as the name of their source tells."""
+        files = self.setting("data.files")
+        names = files if isinstance(files, list) and files else [self.setting("data.name")]
+        return any("gsm8k" in str(name).casefold() for name in names)
 
     def setting(self, key: str) -> Any:
         """`section.field` of the resolved config; None where it is missing."""
@@ -47,7 +61,7 @@ def read(path: Path) -> RunRecord:
     if not path.is_dir():
         raise UserError(f"{path}: {'a file' if path.exists() else 'no such folder'}; expected a run folder (run.dir)")
     damage: list[str] = []
-    config, results = _record(path / "config.json", damage), _record(path / "results.json", damage)
+    config, results = (records.object_of(path / f"{name}.json", damage) or {} for name in ("config", "results"))
     if config and not all(isinstance(config.get(section), dict) for section in ("model", "data", "optim")):
         damage.append("config.json is not a run's: it lacks the sections model, data and optim")
         config = {}
@@ -58,16 +72,13 @@ def read(path: Path) -> RunRecord:
             f"{path}: not a run folder; expected {', '.join(FILES)} as `python -m jaxft.train` writes them, found "
             + (f"only {', '.join(found)} with nothing of a run in it" if found else "none of them")
         )
-    return RunRecord(path, config, results, _by_step(lines, "loss"), _by_step(lines, "eval_loss"), damage)
-
-
-def number(value: Any) -> float | None:
-    """A finite int or float as it is, anything else as None."""
-    try:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an int beyond float64
-        good = False
-    return value if good else None
+    return RunRecord(
+        path, config, results, _by_step(lines, "loss"), _by_step(lines, "eval_loss"), damage,
+        examples=records.examples(path, damage),
+        answers=records.answers(path, damage),
+        measured=evaluations.evaluations(path, damage),
+        phases=records.phases(path, damage),
+    )  # fmt: skip
 
 
 def _at(tree: Any, key: str) -> Any:
@@ -76,38 +87,13 @@ def _at(tree: Any, key: str) -> Any:
     return tree
 
 
-def _record(file: Path, damage: list[str]) -> dict[str, Any]:
-    text = _text(file, damage)
-    value = None if text is None else _parsed(text)
-    if text is not None and not isinstance(value, dict):
-        damage.append(f"{file.name} is damaged: not a JSON object")
-    return value if isinstance(value, dict) else {}
-
-
 def _lines(file: Path, damage: list[str]) -> list[dict[str, Any]]:
-    written = (_text(file, damage) or "").split("\n")
-    parsed = [_parsed(line) for line in written if line.strip()]
-    records = [r for r in parsed if isinstance(r, dict) and isinstance(number(r.get("step")), int)]
-    if len(records) < len(parsed):
-        damage.append(f"metrics.jsonl is damaged: {len(parsed) - len(records)} of {len(parsed)} lines left out")
-    return records
-
-
-def _text(file: Path, damage: list[str]) -> str | None:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        damage.append(f"{file.name} is missing")
-    except OSError as error:
-        damage.append(f"{file.name} cannot be read: {error.strerror}")
-    return None
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    written = (text_of(file, damage) or "").split("\n")
+    read = [parsed(line) for line in written if line.strip()]
+    kept = [r for r in read if isinstance(r, dict) and isinstance(number(r.get("step")), int) and r["step"] >= 0]
+    if len(kept) < len(read):
+        damage.append(f"metrics.jsonl is damaged: {len(read) - len(kept)} of {len(read)} lines left out")
+    return kept
 
 
 def _by_step(records: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:

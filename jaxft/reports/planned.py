@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from jaxft.reports.document import Code, Inline, Part
-from jaxft.reports.folder import RunRecord, number
+from jaxft.reports.fitting import number
+from jaxft.reports.folder import RunRecord
 from jaxft.reports.wording import clock
 
 GIB = 2**30

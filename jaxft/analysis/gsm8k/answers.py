@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
+from jaxft.analysis.gsm8k.arithmetic import value
 from jaxft.analysis.statistics import wilson
 
 INVALID = "[invalid]"
@@ -53,7 +54,9 @@ def exact_match(found: str, reference: str) -> bool:
 def number(text: str) -> Fraction | None:
     """The value of an extracted answer ($18.00 is 18), exactly; None where it is not a number."""
     plain = comparable(text).strip()
-    return Fraction(plain) if re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", plain, re.ASCII) else None
+    if not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", plain, re.ASCII):
+        return None
+    return value(plain.removeprefix("-")) * (-1 if plain.startswith("-") else 1)
 
 
 def same_number(found: str, reference: str) -> bool:
@@ -117,6 +120,18 @@ def summary(scored: Sequence[Scored], examples: int = 3) -> dict[str, Any]:
         "problems": len(scored),
         "examples": [_told(s) for s in scored[:examples]],
     }
+
+
+def problems(scored: Sequence[Scored]) -> list[dict[str, Any]]:
+    """Each problem by its number (`doc`), JSON-ready, with the solution's `text`, what was `found` in it, whether that is
+    `right`, and whether the solution was `cut` (None where nobody looked)."""
+    return [
+        {
+            "doc": number, "question": of.prompt, "reference": of.reference,
+            "text": of.answer, "right": of.right, "cut": of.truncated, "found": of.found,
+        }
+        for number, of in enumerate(scored)
+    ]  # fmt: skip
 
 
 def _told(scored: Scored) -> dict[str, Any]:

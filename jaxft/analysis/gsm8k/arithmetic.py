@@ -10,6 +10,7 @@ from fractions import Fraction
 ANNOTATION = re.compile(r"<<([^<>]*)>>")
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?!\d)"
 NUMBER = re.compile(_NUMBER)
+_PIECE = 4000
 # A run of numbers and operators on one line, an equals sign, and the number after it, which may begin the next run.
 _EQUATION = re.compile(rf"([\d\s()$.,%+\-*/x×÷·−–]+)=(?=\s*(-?\s*\$?\s*-?{_NUMBER})(.{{0,8}}))", re.ASCII)
 _TOKEN = re.compile(rf"\s*({_NUMBER}|[-+*/()%])")
@@ -22,8 +23,20 @@ _AMBIGUOUS = re.compile(r"/\s*\d+\s*/\s*\d")  # 2000 / 2/3 is meant as 2000 / (2
 
 
 def value(text: str) -> Fraction:
-    """A number as NUMBER matches it."""
-    return Fraction(text.replace(",", ""))
+    """A number as NUMBER matches it, exactly and of any length: a model that repeats itself writes thousands of digits."""
+    whole, _, part = text.replace(",", "").partition(".")
+    if not (whole + part).isdecimal():
+        raise ValueError(f"no number: {text[:40]!r}")
+    return Fraction(_whole(whole + part), 10 ** len(part))
+
+
+def _whole(digits: str) -> int:
+    """Piece by piece, because Python reads no more than 4,300 digits at once."""
+    found = 0
+    for at in range(0, len(digits), _PIECE):
+        piece = digits[at : at + _PIECE]
+        found = found * 10 ** len(piece) + int(piece)
+    return found
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,9 @@ def mistake(
         return Mistake("arithmetic", "; ".join(false[:3]))
     if value is None or expected is None:
         return Mistake("format", found)
+    all_true = f"{len(checked)} equation{'' if len(checked) == 1 else 's'}, all true"
     return _explained(question, value, expected) or (
-        Mistake("plan", f"{len(checked)} equations, all true") if checked else Mistake("unchecked", found)
+        Mistake("plan", all_true) if checked else Mistake("unchecked", found)
     )
 
 
@@ -78,6 +79,8 @@ def _explained(question: str, value: Fraction, expected: Fraction) -> Mistake | 
 
 
 def _shown(value: Fraction) -> str:
+    if abs(value) >= 10**300 or value.denominator >= 10**300:  # more than a float, or Python's own printing, holds
+        return "a number of hundreds of digits"
     return str(value) if value.denominator == 1 else f"{float(value):g}"
 
 
