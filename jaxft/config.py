@@ -44,7 +44,14 @@ class Model:
     """Attention kernel; auto is blocked on a CPU, splash on a TPU, and on a GPU in bfloat16 cudnn, or tokamax where
     scores are capped and it is installed; dense (plain XLA) where these cannot compute the model."""
     quantize: Literal["none", "int8", "nf4", "int4"] = "none"
-    """Storage of the frozen linear weights."""
+    """How the linear layers' frozen weights are held: int8 with a scale per output, int4 with a scale per group of inputs, nf4
+    as QLoRA. Norms, embedding and head stay as they are."""
+    quantize_group: Literal[32, 64, 128] = 64
+    """Inputs that share a scale of int4."""
+    quantize_double: bool = False
+    """Hold nf4's scales in eight bits too."""
+    quantize_skip: tuple[str, ...] = ()
+    """Linear modules that stay as they are, such as down_proj or a whole path."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +202,9 @@ class Eval:
     """Rows per task."""
     max_new_tokens: int = 256
     """Longest answer that a task generates."""
+    probe_rows: int = 256
+    """Training rows, a fixed sample, whose loss is measured at every evaluation as that of the held-out rows is, at most as
+    many as these; 0 measures none."""
     samples: int = 3
     """Held-out rows whose generated answers are shown at each evaluation."""
 
@@ -216,6 +226,8 @@ class Run:
     profile: tuple[int, ...] | None = None
     """First and last step, both included, of a jax.profiler trace in the run folder's tensorboard/; TensorBoard shows
     it with its profile plugin (pip install xprof)."""
+    wandb: str | None = None
+    """Project on Weights & Biases to log to as well, through its own package (pip install 'jaxft[wandb]'); None is off."""
     compilation_cache: str | None = "~/.cache/jaxft/xla"
     """Folder where compiled programs are kept for the next start; None keeps none."""
 
@@ -328,6 +340,7 @@ _RANGES = (
     ("optim.max_steps", 1, math.inf), ("optim.batch_size", 1, math.inf), ("optim.accumulation_steps", 1, math.inf),
     ("eval.every_steps", 1, math.inf), ("eval.patience", 1, math.inf), ("eval.min_delta", 0, math.inf),
     ("eval.limit", 1, math.inf), ("eval.max_new_tokens", 1, math.inf), ("eval.samples", 0, math.inf),
+    ("eval.probe_rows", 0, math.inf),
     ("run.log_every", 1, math.inf), ("run.keep", 1, math.inf), ("run.usd_per_chip_hour", 0, math.inf),
     ("run.seed", 0, 2**32 - 1),
 )  # fmt: skip
@@ -344,8 +357,12 @@ def _validate_together(config: Config) -> None:
             f"optim.accumulation_steps: {optim.accumulation_steps} does not divide optim.batch_size "
             f"{optim.batch_size}; batch_size counts the sequences of all micro-batches"
         )
-    if model.quantize != "none":
-        raise UserError(f"model.quantize: {model.quantize} is not supported yet; use none")
+    if model.quantize != "none" and lora is None:
+        raise UserError(
+            f"model.quantize: {model.quantize} weights are frozen, and lora None trains every weight; take one"
+        )
+    if model.quantize_double and model.quantize != "nf4":
+        raise UserError(f"model.quantize_double: is for nf4 alone, and model.quantize is {model.quantize}")
     for key, low, high in (("rank_pattern", 1, 65536), ("alpha_pattern", 1e-9, 1e9)) if lora else ():
         for pattern, value in getattr(lora, key).items():
             if not low <= value <= high:

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -21,11 +21,20 @@ from jaxft.config import Lora
 from jaxft.errors import UserError
 from jaxft.models import ops
 from jaxft.models.arch import Arch
+from jaxft.models.quantize import Scheme, product
 from jaxft.parallel.sharding import Axis, constrain
 
 
 class Frozen(nnx.Variable):
     """A base tensor that no gradient reaches."""
+
+
+class Codes(Frozen):
+    """A quantised base tensor."""
+
+
+class Scale(Frozen):
+    """What lies beside the codes of one."""
 
 
 class Trainable(nnx.Variable):
@@ -61,7 +70,8 @@ class Adapter:
 class Adaptation:
     """What is trained, by Hub path: modules with a pair, modules in full, biases alone; or every base tensor in place.
 
-    A tied head and embedding part as soon as one of them is trained in full, unless `keeps_tied`.
+    A tied head and embedding part as soon as one of them is trained in full, unless `keeps_tied`. Matrices of linear modules
+    that are not trained are held as `quantized` says, but for those of the modules `whole`.
     """
 
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
@@ -69,14 +79,20 @@ class Adaptation:
     biases: frozenset[str] = frozenset()
     keeps_tied: bool = False
     every_weight: bool = False
+    quantized: Scheme | None = None
+    whole: frozenset[str] = frozenset()
 
     def trains(self, path: str, leaf: str) -> bool:
         """Whether the base tensor `path.leaf` is trained."""
         return self.every_weight or path in self.modules or (leaf == "bias" and path in self.biases)
 
-    def of(self, path: str) -> tuple[Adapter | None, bool, bool]:
+    def scheme(self, path: str) -> Scheme | None:
+        """How the weight of a linear module is quantised, None where it is not."""
+        return None if path in self.whole or self.trains(path, "weight") else self.quantized
+
+    def of(self, path: str) -> tuple[Adapter | None, bool, bool, Scheme | None]:
         """All that is planned for one module; layers can be stacked where this agrees."""
-        return self.adapters.get(path), path in self.modules, path in self.biases
+        return self.adapters.get(path), path in self.modules, path in self.biases, self.scheme(path)
 
     def parts(self, arch: Arch) -> bool:
         """Whether a tied head and embedding are no longer the same, because one is trained in full or both are, apart."""
@@ -150,6 +166,31 @@ def by_pattern(patterns: Mapping[str, float], paths: Sequence[str], default: flo
     return {path: default if pattern is None else patterns[pattern] for path, pattern in found.items()}
 
 
+def quantized(plan: Adaptation, scheme: Scheme, skip: Sequence[str], arch: Arch) -> Adaptation:
+    """`plan` with the linear modules' frozen weights held as `scheme` says, but for those that `skip` names.
+
+    Raises UserError for a name that matches none, and for a group that does not divide a module's inputs.
+    """
+    shapes = arch.linear_shapes()
+    idle = [name for name in skip if not any(_named(path, name) for path in shapes)]
+    if idle:
+        existing = sorted({path.rpartition(".")[2] for path in shapes})
+        raise UserError(
+            f"model.quantize_skip: {idle[0]!r} matches no linear module; {arch.family} has {', '.join(existing)}"
+        )
+    whole = frozenset(path for path in shapes if any(_named(path, name) for name in skip))
+    found = replace(plan, quantized=scheme, whole=whole)
+    for path, shape in shapes.items():
+        try:
+            if found.scheme(path) is not None:
+                scheme.codes(shape)
+        except UserError as error:
+            raise UserError(
+                f"model.quantize_group: {path}: {error}; take another group or scheme, or name it in model.quantize_skip"
+            ) from None
+    return found
+
+
 def in_full(names: Sequence[str], arch: Arch) -> frozenset[str]:
     """Hub paths of the modules that `names` select: those that equal one or end in `.name`. UserError for an idle name."""
     paths = arch.module_paths()
@@ -194,9 +235,9 @@ def _named(path: str, name: str) -> bool:
 class Linear(nnx.Module):
     """y = x W (+ bias) (+ the pair), for one module of each of L stacked layers; a scan strips the leading axis.
 
-    `kernel` `[L,out,in]`, as the files have it, so that loading copies rows; `bias` `[L,out]`, `a` `[L,in,R]`, `b` `[L,R,out]`,
-    `magnitude` `[L,out]`. Every variable carries its logical `axes`, the Hub `names` of its L tensors, and whether the file
-    holds its transpose.
+    `kernel` `[L,out,in]`, as the files have it, so that loading copies rows, or `codes` and `scales` (`quantize`); `bias`
+    `[L,out]`, `a` `[L,in,R]`, `b` `[L,R,out]`, `magnitude` `[L,out]`. Every variable carries its logical `axes`, the Hub
+    `names` of its L tensors, and whether the file holds its transpose.
     """
 
     def __init__(
@@ -211,7 +252,12 @@ class Linear(nnx.Module):
     ):
         L, (n_in, n_out) = len(paths), shape
         self.adapter = plan.adapters.get(paths[0])
-        self.kernel = base(plan, paths, (L, n_out, n_in), ("layers", axes[1], axes[0]), dtype)
+        self.scheme = plan.scheme(paths[0])
+        if self.scheme is None:
+            self.kernel = base(plan, paths, (L, n_out, n_in), ("layers", axes[1], axes[0]), dtype)
+        else:
+            self.codes, scales = _coded(self.scheme, paths, shape, axes)
+            self.scales = nnx.Dict(scales)
         self.bias = base(plan, paths, (L, n_out), ("layers", axes[1]), dtype, leaf="bias") if bias else None
         if self.adapter is not None:
             R = self.adapter.rank
@@ -223,7 +269,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, low: jax.Array | None = None) -> jax.Array:
         """x `[B,S,in]` -> `[B,S,out]`; `low` `[B,S,R]` is what A made of x, where there is a pair."""
-        y = jnp.einsum("BSi,oi->BSo", x, self.kernel[...].astype(x.dtype))
+        if self.scheme is None:
+            y = jnp.einsum("BSi,oi->BSo", x, self.kernel[...].astype(x.dtype))
+        else:
+            y = product(self.scheme, x, self.codes[...], self._scale_values())
         if self.adapter is not None:
             # x A first: A B as a matrix would cost in · out a token.
             y = y + _raised(low * self.adapter.scale, self.b[...].astype(x.dtype))
@@ -233,13 +282,19 @@ class Linear(nnx.Module):
                 y = (y.astype(jnp.float32) * factor).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None, None, :]
 
+    def _scale_values(self) -> dict[str, jax.Array]:
+        return {name: scale[...] for name, scale in self.scales.items()}
+
     def _norm(self) -> jax.Array:
         """Length of each output's weights W + scale · A B, fp32 `[out]`, constant in the backward pass (as DoRA's authors).
 
         Expanded as |W|² + 2 W·AB + |AB|², so that A B is never formed.
         """
         scale, a, b = self.adapter.scale, self.a[...], self.b[...]
-        kernel = self.kernel[...].astype(jnp.float32)
+        if self.scheme is None:
+            kernel = self.kernel[...].astype(jnp.float32)
+        else:
+            kernel = self.scheme.decode(self.codes[...], self._scale_values(), jnp.float32).T
         crossed = jnp.sum((kernel @ a).T * b, axis=0)
         added = jnp.sum(((a.T @ a) @ b) * b, axis=0)
         square = jnp.sum(jnp.square(kernel), axis=1) + 2 * scale * crossed + scale**2 * added
@@ -284,6 +339,22 @@ def gathered_pairs(state: nnx.State, dtype: Any, mesh: Mesh | None) -> nnx.State
         if isinstance(variable, LoraParam) and (*path[:-1], "magnitude") not in flat:
             axes = tuple(axis[0] if isinstance(axis, tuple) else None for axis in variable.axes)
             flat[path] = variable.replace(constrain(variable.get_value().astype(dtype), axes, mesh))
+    return nnx.from_flat_state(flat)
+
+
+def gathered_codes(state: nnx.State, mesh: Mesh | None) -> nnx.State:
+    """One layer's `state` with quantised weights whole over fsdp.
+
+    They travel as codes, which are a half or a quarter of what they decode to; the partitioner by itself sends that.
+    """
+    if mesh is None or mesh.size == 1:
+        return state
+    flat = dict(nnx.to_flat_state(state))
+    for path, variable in flat.items():
+        if isinstance(variable, (Codes, Scale)):
+            axes = tuple(axis[0] if isinstance(axis, tuple) else axis for axis in variable.axes[1:])
+            axes = tuple(None if axis == "embed" else axis for axis in axes)
+            flat[path] = variable.replace(constrain(variable.get_value(), axes, mesh))
     return nnx.from_flat_state(flat)
 
 
@@ -349,6 +420,22 @@ def _spread(axis: str) -> Axis:
 def _pair(paths: tuple[str, ...], leaf: str, shape: tuple[int, ...], axes: tuple[Axis, ...]) -> LoraParam:
     names = _names(paths, leaf)
     return LoraParam(jnp.zeros(shape, jnp.float32), axes=axes, names=names, saved=names, transposed=len(shape) == 3)
+
+
+def _coded(
+    scheme: Scheme, paths: tuple[str, ...], shape: tuple[int, int], axes: tuple[str, str]
+) -> tuple[Codes, dict[str, Scale]]:
+    """The codes `[L,groups,inputs,out]` of L quantised matrices, and their scales by name."""
+    shapes, scales = scheme.codes(shape), scheme.scales(shape)
+    inputs = None if axes[0] == "embed" else axes[0]  # fsdp splits outputs, whose number no group has to divide
+    along = ("layers", *((inputs, None) if shapes[0] > 1 else (None, inputs)), _spread(axes[1]))
+    L, about = len(paths), {"names": _names(paths, "weight"), "saved": None}
+    codes = Codes(jnp.zeros((L, *shapes), scheme.dtype), axes=along, transposed=True, scheme=scheme, **about)
+    split = {1: ("layers", None), 2: (*along[:2], along[3])}
+    return codes, {
+        name: Scale(jnp.zeros((L, *of), dtype), axes=split[len(of)], transposed=False, **about)
+        for name, (of, dtype) in scales.items()
+    }
 
 
 def base(

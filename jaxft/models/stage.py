@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxft.models.arch import Arch
 from jaxft.models.attention import SAVED, saved
 from jaxft.models.block import Block, Context
-from jaxft.models.lora import Adaptation, gathered_pairs
+from jaxft.models.lora import Adaptation, gathered_codes, gathered_pairs
 from jaxft.parallel.sharding import constrain
 
 HIDDEN_AXES = ("batch", None, None)
@@ -54,7 +54,7 @@ class Stage(nnx.Module):
         def one(h: jax.Array, layers: Any, windows: Sequence[int | None]) -> tuple[jax.Array, Any]:
             state, drawn, kv = layers
             written = []
-            for p, block in enumerate(nnx.merge(graphdef, state)):
+            for p, block in enumerate(nnx.merge(graphdef, gathered_codes(state, mesh))):
                 seed = None if drawn is None else drawn[p]
                 h, new = block(h, context, windows[p], None if kv is None else kv[p], seed)
                 h = constrain(h, HIDDEN_AXES, mesh)

@@ -17,7 +17,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxft.models.decoder import Decoder
-from jaxft.models.lora import LoraParam, Trainable
+from jaxft.models.lora import LoraParam, Scale, Trainable
+from jaxft.models.quantize import Scheme
 from jaxft.parallel import sharding
 
 
@@ -26,7 +27,8 @@ class Tensor:
     """One variable. `names` are the Hub's tensors it holds, stacked on the leading axis where that is `layers`.
 
     `adapter` says that it is a low-rank pair's and no checkpoint has it. `saved` are its names in an adapter's file, None
-    where an adapter does not hold it. `copied` says that PEFT trains a copy of it beside the original.
+    where an adapter does not hold it. `copied` says that PEFT trains a copy of it beside the original. With a `scheme` it
+    holds codes of the named tensors, and rows whose `scale` is set hold the scales beside them.
     """
 
     path: str
@@ -39,6 +41,13 @@ class Tensor:
     adapter: bool
     saved: tuple[str, ...] | None
     copied: bool
+    scheme: Scheme | None = None
+    scale: bool = False
+
+    @property
+    def of_checkpoint(self) -> bool:
+        """Whether it holds tensors of a checkpoint, a quantised one's codes included."""
+        return not self.adapter and not self.scale
 
     @property
     def stacked(self) -> bool:
@@ -48,6 +57,8 @@ class Tensor:
     @property
     def hub_shape(self) -> tuple[int, ...]:
         """Shape of each named tensor in the file."""
+        if self.scheme is not None:
+            return self.shape[-1], math.prod(self.shape[1:-1])
         shape = self.shape[1:] if self.stacked else self.shape
         return shape[::-1] if self.transposed else shape
 
@@ -79,13 +90,15 @@ def _row(path: tuple[Any, ...], variable: nnx.Variable) -> Tensor:
         adapter=isinstance(variable, LoraParam),
         saved=about["saved"],
         copied=about.get("copied", False),
+        scheme=about.get("scheme"),
+        scale=isinstance(variable, Scale),
     )
 
 
 def count_parameters(rows: Iterable[Tensor]) -> tuple[int, int]:
     """`(trainable, all)`, as PEFT counts them: all is the checkpoint's tensors, the pairs, and copies of modules in full."""
     rows = list(rows)
-    stored = {name: math.prod(row.hub_shape) for row in rows if not row.adapter for name in row.names}
+    stored = {name: math.prod(row.hub_shape) for row in rows if row.of_checkpoint for name in row.names}
     added = sum(row.size for row in rows if row.adapter or row.copied)
     return sum(row.size for row in rows if row.trainable), sum(stored.values()) + added
 
@@ -100,8 +113,8 @@ def initial_adapter(row: Tensor, seed: int) -> jax.Array:
     change nothing; B zero, so that a fresh adapter changes nothing."""
     if row.names[0].endswith("lora_B.weight"):
         return jnp.zeros(row.shape, row.dtype)
-    bound = 1 / math.sqrt(row.hub_shape[-1])
-    draws = [jax.random.uniform(key, row.shape[1:], row.dtype, -bound, bound) for key in _keys(row, seed)]
+    bound, keys = 1 / math.sqrt(row.hub_shape[-1]), [_key(name, seed) for name in row.names]
+    draws = [jax.random.uniform(key, row.shape[1:], row.dtype, -bound, bound) for key in keys]
     return jnp.stack(draws)
 
 
@@ -111,10 +124,14 @@ def initial_weight(row: Tensor, seed: int, std: float) -> jax.Array:
     if len(per_layer) == 1:
         fill = jnp.zeros if row.names[0].endswith("bias") else jnp.ones
         return fill(row.shape, row.dtype)
-    draws = [(std * jax.random.normal(key, per_layer, jnp.float32)).astype(row.dtype) for key in _keys(row, seed)]
+    draws = [initial_matrix(name, per_layer, seed, std).astype(row.dtype) for name in row.names]
     return jnp.stack(draws) if row.stacked else draws[0]
 
 
-def _keys(row: Tensor, seed: int) -> list[jax.Array]:
-    root = jax.random.key(seed)
-    return [jax.random.fold_in(root, zlib.crc32(name.encode())) for name in row.names]
+def initial_matrix(name: str, shape: tuple[int, ...], seed: int, std: float) -> jax.Array:
+    """The random start of one named tensor, float32."""
+    return std * jax.random.normal(_key(name, seed), shape, jnp.float32)
+
+
+def _key(name: str, seed: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))

@@ -24,7 +24,8 @@ FORWARD, BACKWARD = 4, 10  # FLOPs of attention per query, key and channel: two 
 class Step:
     """A step of `rows` × `length` tokens over all chips; `data` counts copies of the model over all slices.
 
-    `ranks` are the pairs' by Hub path; where none is given every weight is trained. `width` is bytes of an element.
+    `ranks` are the pairs' by Hub path; where none is given every weight is trained. `width` is bytes of an element, `held`
+    those of a linear weight as it is held, with its share of scales; `decoded`: a pass writes such weights out and reads them.
     """
 
     arch: Arch
@@ -38,6 +39,8 @@ class Step:
     slices: int = 1
     micro_batches: int = 1
     width: int = 2
+    held: float = 2
+    decoded: bool = False
 
     @property
     def chips(self) -> int:
@@ -109,9 +112,11 @@ def hbm_bytes(step: Step) -> float:
 
 
 def _weights_moved(step: Step) -> float:
-    """Read once forward, backward and for what is repeated; written when they come from other chips, forward and backward."""
-    passes = (2 if step.frozen else 3) + _repeated(step) + (2 if step.fsdp > 1 else 0)
-    return step.micro_batches * passes * step.weights * step.width / step.tensor
+    """Read once forward, backward and for what is repeated; written when they come from other chips, forward and backward.
+    What is decoded apart from its matmul is written and read once more each time."""
+    passes = (2 if step.frozen else 3) + _repeated(step)
+    moved = (passes + (2 if step.fsdp > 1 else 0)) * step.held + (2 * passes * step.width if step.decoded else 0)
+    return step.micro_batches * moved * step.weights / step.tensor
 
 
 def _activations_moved(step: Step) -> float:
@@ -138,7 +143,7 @@ def ici_bytes(step: Step) -> float:
     """Taken in from chips of the slice: weights forward and backward, activations of shared layers, gradients, the loss."""
     arch, f, t = step.arch, step.fsdp, step.tensor
     copies = step.data // step.slices  # within a slice
-    gathered = step.micro_batches * 2 * step.weights * step.width / t * (f - 1) / f
+    gathered = step.micro_batches * 2 * step.weights * step.held / t * (f - 1) / f
     shared = 2 * (t - 1) / t * 4 * len(arch.layers) * step.tokens * arch.dim * step.width
     gradient = 4 * step.trained / t * (f - 1) / f + 2 * 4 * step.trained / (f * t) * (copies - 1) / copies
     loss = (f * t - 1) / (f * t) * step.tokens * f * arch.dim * (step.width + 4)
@@ -155,7 +160,7 @@ def memory(step: Step) -> dict[str, float]:
     """Bytes held by one chip, as `plan` names them; activations are what the policy keeps and one layer at work."""
     arch, ways = step.arch, step.fsdp * step.tensor
     tables = step.table * (1 if arch.tied_head else 2)
-    weights = step.width * (step.weights + tables) / ways if step.frozen else 4 * step.trained / ways
+    weights = (step.held * step.weights + step.width * tables) / ways if step.frozen else 4 * step.trained / ways
     pairs = 4 * step.trained / ways if step.frozen else 0.0
     tokens = step.tokens / step.micro_batches
     kept = tokens * step.width * sum(kept_per_token(layer, arch, step.policy, step.tensor) for layer in arch.layers)

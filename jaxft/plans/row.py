@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -100,8 +101,27 @@ def described(settings: Config, source: Source, policy: str, mesh: Mapping[str, 
     ranks = {path: pair.rank for path, pair in source.plan.adapters.items()}
     return Step(
         source.arch, ranks, rows, length, policy, mesh["data"], mesh["fsdp"], mesh["tensor"], slices,
-        settings.optim.accumulation_steps, source.dtype.itemsize,
+        settings.optim.accumulation_steps, source.dtype.itemsize, held_bytes(source), decodes(source),
     )  # fmt: skip
+
+
+def held_bytes(source: Source) -> float:
+    """Of a weight of the linear modules as it is held, scales included, on average."""
+    shapes = source.arch.linear_shapes()
+    schemes = {path: source.plan.scheme(path) for path in shapes}
+    bits = {
+        path: 8 * source.dtype.itemsize if scheme is None else scheme.bits(shapes[path])
+        for path, scheme in schemes.items()
+    }
+    return (
+        sum(bits[path] * math.prod(shape) for path, shape in shapes.items()) / 8 / sum(map(math.prod, shapes.values()))
+    )
+
+
+def decodes(source: Source) -> bool:
+    """Whether weights are written out in full before their matmul reads them; int8's scale is for what comes out of it."""
+    scheme = source.plan.quantized
+    return scheme is not None and scheme.name != "int8"
 
 
 def expected(settings: Config, source: Source, mesh: Any, policy: str, length: int) -> Row | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.models.arch import Arch
-from jaxft.models.tensors import Tensor, initial_adapter, initial_magnitude, initial_weight
+from jaxft.models.quantize import Scheme
+from jaxft.models.tensors import Tensor, initial_adapter, initial_magnitude, initial_matrix, initial_weight
 from jaxft.parallel.sharding import from_host
+from jaxft.weights import quantized
+from jaxft.weights.buffers import aligned, on_cpu, set_layer
 from jaxft.weights.hub import read_json
 from jaxft.weights.shards import Slice, check
-
-ALIGNMENT = 64  # bytes; JAX copies a host buffer that lies otherwise
 
 
 def stored_dtype(folder: Path, files: Mapping[str, Slice] | None, arch: Arch) -> Any:
@@ -44,13 +44,17 @@ def _trainable_dtype(stored: Any) -> Any:
 
 
 def load_base(files: Mapping[str, Slice], rows: Iterable[Tensor], mesh: Mesh) -> dict[str, jax.Array]:
-    """Path -> array for the base tensors of a table that `check` has passed, on `mesh`, cast to their rows' dtypes."""
-    return {row.path: read_tensor(files, row, row.names, mesh) for row in rows if not row.adapter}
+    """Path -> array for the base tensors of a table that `check` has passed, on `mesh`, cast to their rows' dtypes, or coded
+    where they have a scheme."""
+    rows = list(rows)
+    plain = (row for row in rows if row.of_checkpoint and row.scheme is None)
+    found = {row.path: read_tensor(files, row, row.names, mesh) for row in plain}
+    return found | quantized.read(quantized.of_files(files), rows, mesh)
 
 
 def check_base(files: Mapping[str, Slice], rows: Iterable[Tensor], arch: Arch, source: str) -> None:
     """Raises one UserError listing every tensor that is missing, unexpected, or of another shape than the model's."""
-    wanted = {name: row.hub_shape for row in rows if not row.adapter for name in row.names}
+    wanted = {name: row.hub_shape for row in rows if row.of_checkpoint for name in row.names}
     # Tied checkpoints may repeat the embedding as the head, and old ones store the rotary frequencies.
     spare = {f"{arch.names.head}.weight"} if arch.tied_head else set()
     found = {name: t for name, t in files.items() if name not in spare and not name.endswith("rotary_emb.inv_freq")}
@@ -67,15 +71,11 @@ def read_tensor(files: Mapping[str, Slice], row: Tensor, names: tuple[str, ...],
         chosen = names[index[0]] if row.stacked else names
         return [_Part(files[name], inner, row.transposed) for name in chosen]
 
-    if _takes_host_buffers(mesh):
+    if on_cpu(sharding):
         return jax.make_array_from_callback(row.shape, sharding, lambda i: _on_host(parts(i), shape, row.dtype))
     indices = sharding.addressable_devices_indices_map(row.shape)
     shards = [_on_device(parts(index), shape, row.dtype, device) for device, index in indices.items()]
     return jax.make_array_from_single_device_arrays(row.shape, sharding, shards)
-
-
-def _takes_host_buffers(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
 
 
 @dataclass(frozen=True)
@@ -107,18 +107,11 @@ class _Part:
 
 def _on_host(parts: Sequence[_Part], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """The parts stacked in one new buffer, which JAX on a CPU takes over as it lies, because of its alignment."""
-    out = _aligned(shape, dtype)
+    out = aligned(shape, dtype)
     stack = out.reshape(len(parts), -1)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # reading and copying happen without Python's lock
         list(pool.map(lambda i: parts[i].into(stack[i]), range(len(parts))))
     return out
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _on_device(parts: Sequence[_Part], shape: tuple[int, ...], dtype: Any, device: jax.Device) -> jax.Array:
@@ -127,31 +120,35 @@ def _on_device(parts: Sequence[_Part], shape: tuple[int, ...], dtype: Any, devic
         stack = jnp.zeros((len(parts), math.prod(shape) // len(parts)), dtype)
     for i, part in enumerate(parts):
         value = np.ascontiguousarray(part.get()).reshape(-1)
-        stack = _set(stack, jax.device_put(value, device), jax.device_put(np.int32(i), device))
+        stack = set_layer(stack, jax.device_put(value, device), jax.device_put(np.int32(i), device))
     return jnp.reshape(stack, shape)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _set(stack: jax.Array, value: jax.Array, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), i, 0)
 
 
 def random_base(rows: Iterable[Tensor], arch: Arch, mesh: Mesh, seed: int) -> dict[str, jax.Array]:
     """Path -> array: a seeded random start of every base tensor."""
-    return {
-        row.path: from_host(initial_weight(row, seed, arch.init_std), row.sharding(mesh))
-        for row in rows
-        if not row.adapter
-    }
+    rows = list(rows)
+    plain = (row for row in rows if row.of_checkpoint and row.scheme is None)
+    found = {row.path: from_host(initial_weight(row, seed, arch.init_std), row.sharding(mesh)) for row in plain}
+    shapes = {name: row.hub_shape for row in rows if row.scheme is not None for name in row.names}
+
+    def drawn(name: str, part: slice) -> jax.Array:
+        return initial_matrix(name, shapes[name], seed, arch.init_std)[part]
+
+    return found | quantized.read(drawn, rows, mesh)
 
 
 def fresh_adapter(rows: Iterable[Tensor], base: Mapping[str, jax.Array], mesh: Mesh, seed: int) -> dict[str, jax.Array]:
     """Path -> array: new pairs, which change nothing yet, beside the arrays of `base`."""
-    return {row.path: _fresh(row, base, mesh, seed) for row in rows if row.adapter}
+    rows = list(rows)
+    schemes = {row.path.rpartition(".")[0]: row.scheme for row in rows if row.scheme is not None}
+    return {row.path: _fresh(row, base, schemes, mesh, seed) for row in rows if row.adapter}
 
 
-def _fresh(row: Tensor, base: Mapping[str, jax.Array], mesh: Mesh, seed: int) -> jax.Array:
+def _fresh(
+    row: Tensor, base: Mapping[str, jax.Array], schemes: Mapping[str, Scheme], mesh: Mesh, seed: int
+) -> jax.Array:
     module, _, leaf = row.path.rpartition(".")
     if leaf == "magnitude":
-        return jax.jit(initial_magnitude, out_shardings=row.sharding(mesh))(base[f"{module}.kernel"])
+        kernel = quantized.kernel(base, module, schemes.get(module))
+        return jax.jit(initial_magnitude, out_shardings=row.sharding(mesh))(kernel)
     return from_host(initial_adapter(row, seed), row.sharding(mesh))

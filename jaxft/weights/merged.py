@@ -47,7 +47,7 @@ def trained(rows: Iterable[Tensor], arrays: Mapping[str, jax.Array], dtype: Any)
     """Every base tensor of a table, from arrays on the devices, one layer at a time."""
     found = []
     for row in rows:
-        for i, name in enumerate(row.names if not row.adapter else ()):
+        for i, name in enumerate(row.names if row.of_checkpoint else ()):
             piece = (lambda row=row, i=i: arrays[row.path][i]) if row.stacked else (lambda row=row: arrays[row.path])
             found.append(Pending(name, row.hub_shape, np.dtype(dtype), _in_hub_layout(piece, row.transposed)))
     return found

@@ -17,6 +17,7 @@ from jaxft.models import decoder, lora, tensors
 from jaxft.models.arch import Arch
 from jaxft.models.attention import kernel_for
 from jaxft.models.families import arch_from_config, published
+from jaxft.models.quantize import Scheme
 from jaxft.parallel.compilation import return_memory
 from jaxft.parallel.mesh import make_mesh
 from jaxft.weights import keras, load, peft, shards
@@ -83,6 +84,7 @@ def find(model: config.Model, adaptation: config.Lora | str | None = "base") -> 
         plan = lora.Adaptation()
     else:
         plan = lora.adaptation(adaptation, arch)
+    plan = quantized(plan, model, arch)
     stored = load.stored_dtype(folder, files, arch)
     dtype = jnp.dtype(model.dtype) if model.dtype != "auto" else stored
     rows = tensors.table(decoder.abstract(arch, plan, dtype))
@@ -99,10 +101,18 @@ def sketch(model: config.Model, adaptation: config.Lora | None) -> Source:
     known = None if Path(model.name).is_dir() else published.CONFIGS.get(model.name)
     folder = Path(model.name) if known else local_folder(model.name, model.revision, weights=False)
     arch = arch_from_config(known, model.name) if known else read_arch(folder)
-    plan = lora.adaptation(adaptation, arch)
+    plan = quantized(lora.adaptation(adaptation, arch), model, arch)
     stored = load.named_dtype(known or read_json(folder / "config.json", "every model"))
     dtype = jnp.dtype(model.dtype) if model.dtype != "auto" else stored
     return Source(folder, folder, arch, None, None, dtype, stored, plan)
+
+
+def quantized(plan: lora.Adaptation, model: config.Model, arch: Arch) -> lora.Adaptation:
+    """`plan` with the base held as `model` asks. Raises UserError."""
+    if model.quantize == "none":
+        return plan
+    scheme = Scheme(model.quantize, model.quantize_group, model.quantize_double)
+    return lora.quantized(plan, scheme, model.quantize_skip, arch)
 
 
 def _revision(model: config.Model) -> str | None:

@@ -1,0 +1,200 @@
+"""Frozen weights in eight or four bits: how a matrix is coded, and what the model computes with instead.
+
+A coded matrix is `codes` `[groups,inputs of a group,out]`, so that inputs that share a scale lie across a TPU's lanes and
+nothing has to be moved about to decode it, and a few arrays of scales beside it. All functions here take one matrix at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.errors import UserError
+
+# The 16 quantiles of a normal distribution that QLoRA published (arXiv 2305.14314, appendix E).
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+BLOCK = 64  # weights that share a scale of nf4, in the order of the file
+DOUBLE_BLOCK = 256  # such scales that share one of their own
+GROUPS = (32, 64, 128)  # inputs that may share a scale of int4
+TINY = np.float32(1e-38)  # instead of the scale of a block of zeros
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """int8: symmetric, a scale per output. int4: symmetric, a scale per `group` inputs of an output. nf4: the NF4 code, a
+    scale per 64 weights; with `double` these scales are held in eight bits, as bitsandbytes does."""
+
+    name: str
+    group: int = BLOCK
+    double: bool = False
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the codes."""
+        return jnp.dtype({"int8": jnp.int8, "int4": jnp.int4, "nf4": jnp.uint4}[self.name])
+
+    def codes(self, shape: tuple[int, int]) -> tuple[int, int, int]:
+        """Shape `[groups,inputs of a group,out]` of the codes of weights `[in,out]` = `shape`; one group where scales do not go
+        by groups of inputs. Raises UserError for a group that does not divide the inputs."""
+        n_in, n_out = shape
+        size = {"int8": n_in, "int4": self.group, "nf4": BLOCK if n_in % BLOCK == 0 else n_in}[self.name]
+        if n_in % size:
+            raise UserError(f"{n_in} inputs are not a multiple of {size}")
+        return n_in // size, size, n_out
+
+    def scales(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
+        """Name -> shape and dtype of what lies beside the codes of weights `[in,out]` = `shape`: a scale `[groups,out]`, or
+        `[blocks]` where blocks run over the ends of a file's rows."""
+        (groups, size, n_out), blocks = self.codes(shape), math.ceil(math.prod(shape) / BLOCK)
+        held = (blocks,) if self.name == "nf4" and size != BLOCK else (groups, n_out)
+        if not self.double:
+            return {"scale": (held, jnp.dtype(jnp.float32))}
+        return {
+            "scale": (held, jnp.dtype(jnp.uint8)),
+            "scale_of_scale": ((math.ceil(blocks / DOUBLE_BLOCK),), jnp.dtype(jnp.float32)),
+            "scale_offset": ((1,), jnp.dtype(jnp.float32)),
+        }
+
+    def bits(self, shape: tuple[int, int]) -> float:
+        """Of one weight, scales included."""
+        held = sum(math.prod(of) * dtype.itemsize * 8 for of, dtype in self.scales(shape).values())
+        return (8 if self.name == "int8" else 4) + held / math.prod(shape)
+
+    def encode(self, weights: jax.Array) -> dict[str, jax.Array]:
+        """`codes` and the scales of `[out,in]` weights, as a file has them, of any float dtype. int8 and int4 round half to
+        even."""
+        weights = weights.astype(jnp.float32)
+        parts = weights.T.reshape(self.codes(weights.shape[::-1]))
+        if self.name == "nf4":
+            return self._encode_nf4(weights, parts.shape)
+        scale = jnp.maximum(jnp.max(jnp.abs(parts), axis=1), TINY) / (127 if self.name == "int8" else 7)
+        return {"codes": jnp.round(parts / scale[:, None, :]).astype(self.dtype), "scale": scale}
+
+    def _encode_nf4(self, weights: jax.Array, shape: tuple[int, ...]) -> dict[str, jax.Array]:
+        scaled, scale = _blocks(weights, BLOCK)
+        codes = _nearest(scaled, np.array(NF4, np.float32)).reshape(-1)[: weights.size]
+        found = {"codes": codes.reshape(weights.shape).T.reshape(shape).astype(self.dtype)}
+        if not self.double:
+            return found | {"scale": _by_output(scale, weights.shape)}
+        offset = jnp.mean(scale)
+        scaled, outer = _blocks(scale - offset, DOUBLE_BLOCK)
+        inner = _nearest(scaled, dynamic_code()).reshape(-1)[: scale.size].astype(jnp.uint8)
+        return found | {
+            "scale": _by_output(inner, weights.shape),
+            "scale_of_scale": outer,
+            "scale_offset": offset[None],
+        }
+
+    def decode(self, codes: jax.Array, scales: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+        """The weights `[in,out]` that the codes stand for, in `dtype`; products in float32, as bitsandbytes has them."""
+        n_in, n_out = codes.shape[0] * codes.shape[1], codes.shape[2]
+        values = _looked_up(codes) if self.name == "nf4" else codes.astype(jnp.float32)
+        scale = self._scale(scales, (n_out, n_in))
+        if scale.ndim == 2:
+            return (values * scale[:, None, :]).astype(dtype).reshape(n_in, n_out)
+        wide = jnp.broadcast_to(scale[:, None], (scale.shape[0], BLOCK)).reshape(-1)[: n_in * n_out]
+        return (values[0] * wide.reshape(n_out, n_in).T).astype(dtype)
+
+    def _scale(self, scales: Mapping[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
+        scale = scales["scale"]
+        if not self.double:
+            return scale
+        outer = jnp.repeat(scales["scale_of_scale"], DOUBLE_BLOCK)[: scale.size]
+        inner = jnp.asarray(dynamic_code())[scale.astype(jnp.int32)]
+        return inner * _by_output(outer, shape) + scales["scale_offset"][0]
+
+
+def _by_output(scale: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Scales in the order of a file's weights `[out,in]` = `shape`, as `[in / block,out]` where blocks end with rows."""
+    n_out, n_in = shape
+    return scale.reshape(n_out, -1).T if n_in % BLOCK == 0 else scale
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(scheme: Scheme, x: jax.Array, codes: jax.Array, scales: Mapping[str, jax.Array]) -> jax.Array:
+    """x `[B,S,in]` times the weights that `codes` stand for: `[B,S,out]`.
+
+    The gradient goes to x alone, through the decoded weights. They are decoded again for it, and not before: a compiler that
+    keeps them from the forward pass holds two layers of the model in full.
+    """
+    return _product(scheme, x, codes, scales)
+
+
+def _product(scheme: Scheme, x: jax.Array, codes: jax.Array, scales: Mapping[str, jax.Array]) -> jax.Array:
+    if scheme.name != "int8":
+        x, scales = jax.lax.optimization_barrier((x, scales))
+        return jnp.einsum("BSi,io->BSo", x, scheme.decode(codes, scales, x.dtype))
+    # A scale per output is for what comes out, in float32; codes up to 127 are exact in bfloat16.
+    y = jnp.einsum("BSi,io->BSo", x, codes[0].astype(x.dtype))
+    return (y.astype(jnp.float32) * scales["scale"][None]).astype(x.dtype)
+
+
+def _forward(
+    scheme: Scheme, x: jax.Array, codes: jax.Array, scales: Mapping[str, jax.Array]
+) -> tuple[jax.Array, tuple[jax.Array, Mapping[str, jax.Array]]]:
+    return _product(scheme, x, codes, scales), (codes, scales)
+
+
+def _backward(scheme: Scheme, kept: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
+    codes, scales = kept
+    if scheme.name != "int8":
+        g, scales = jax.lax.optimization_barrier((g, scales))
+        return jnp.einsum("BSo,io->BSi", g, scheme.decode(codes, scales, g.dtype)), None, None
+    scaled = (g.astype(jnp.float32) * scales["scale"][None]).astype(g.dtype)
+    return jnp.einsum("BSo,io->BSi", scaled, codes[0].astype(g.dtype)), None, None
+
+
+product.defvjp(_forward, _backward)
+
+
+def _blocks(values: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """`[blocks,size]` of the values in order, each over its block's greatest, in -1 to 1, and those; the last is filled up."""
+    flat = values.reshape(-1)
+    parts = jnp.pad(flat, (0, -flat.size % size)).reshape(-1, size)
+    scale = jnp.max(jnp.abs(parts), axis=1)
+    return jnp.clip(parts * (1 / jnp.maximum(scale, TINY))[:, None], -1, 1), scale
+
+
+def _nearest(values: jax.Array, code: np.ndarray) -> jax.Array:
+    """Index of the nearest of a sorted code, the lower of two as near, int32."""
+    return jnp.searchsorted(jnp.asarray((code[:-1] + code[1:]) / 2), values, side="left", method="compare_all").astype(
+        jnp.int32
+    )
+
+
+def _looked_up(codes: jax.Array) -> jax.Array:
+    """NF4 of four-bit codes, float32, by four rounds of selection: a gather of single weights would take far longer."""
+    index = codes.astype(jnp.int32)
+    values = [jnp.float32(value) for value in NF4]
+    for bit in range(4):
+        chosen = (index >> bit) & 1 == 1
+        values = [jnp.where(chosen, high, low) for low, high in zip(values[::2], values[1::2])]
+    return values[0]
+
+
+def dynamic_code() -> np.ndarray:
+    """The 256 values in which bitsandbytes holds scales of scales, float32: seven decades, finer towards one
+    (Dettmers 2016, 8-bit approximations for parallelism)."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        ends = _line(np.float32(0.1), np.float32(1), 2**decade)
+        magnitudes = np.float32(10.0 ** (decade - 6)) * ((ends[:-1] + ends[1:]) / np.float32(2))
+        values += [*magnitudes.tolist(), *(-magnitudes).tolist()]
+    return np.sort(np.array(values, np.float32))
+
+
+def _line(start: np.float32, end: np.float32, steps: int) -> np.ndarray:
+    """`steps` equal steps from both ends to the middle, rounded once each, to the last bit as torch.linspace in float32."""
+    step, i = np.float64((end - start) / np.float32(steps)), np.arange(steps + 1)
+    return np.where(i < (steps + 1) // 2, start + step * i, end - step * (steps - i)).astype(np.float32)

@@ -1,0 +1,70 @@
+"""Matrices quantised while they are read: one at a time is held as the file has it, on the host and on the devices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxft.models.quantize import Scheme
+from jaxft.models.tensors import Tensor
+from jaxft.weights.buffers import Stack
+
+Matrix = Callable[[str, slice], Any]  # (name, rows) -> those rows of the named matrix, [rows,in]
+
+
+def read(matrix: Matrix, rows: Iterable[Tensor], mesh: Mesh) -> dict[str, jax.Array]:
+    """Path -> array for the codes and scales among the rows of a table, on `mesh`, whatever `matrix` gives."""
+    held = [row for row in rows if row.scheme is not None or row.scale]
+    found: dict[str, jax.Array] = {}
+    for _, module in groupby(held, key=lambda row: row.names):
+        found |= _module(matrix, list(module), mesh)
+    return found
+
+
+def _module(matrix: Matrix, rows: Sequence[Tensor], mesh: Mesh) -> dict[str, jax.Array]:
+    """Of one linear module: its codes' row and those of its scales."""
+    codes = next(row for row in rows if row.scheme is not None)
+    stacks = {_leaf(row): Stack(row.shape, row.dtype, row.sharding(mesh)) for row in rows}
+    by_output = {name: stack for name, stack in stacks.items() if len(stack.shape) > 2}
+    whole = len(by_output) < len(stacks)  # blocks that run over the ends of rows, or a scale of all scales
+    spans = [(0, codes.shape[-1])] if whole else [span for stack in by_output.values() for span in stack.spans]
+    low, high = min(start for start, _ in spans), max(stop for _, stop in spans)
+    for i, name in enumerate(codes.names):
+        coded = encoded(codes.scheme, matrix(name, slice(low, high)))
+        for part, stack in stacks.items():
+            stack.put(i, coded[part], low if part in by_output else 0)
+    return {row.path: stacks[_leaf(row)].array() for row in rows}
+
+
+def _leaf(row: Tensor) -> str:
+    """`codes`, or the name of a scale."""
+    return row.path.rpartition(".")[2]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encoded(scheme: Scheme, weights: jax.Array) -> dict[str, jax.Array]:
+    """`scheme.encode` compiled; on the first device."""
+    return scheme.encode(weights)
+
+
+def kernel(arrays: Mapping[str, jax.Array], module: str, scheme: Scheme | None) -> jax.Array:
+    """The weights `[L,out,in]` of the module at a path, as they lie there or decoded in float32."""
+    if scheme is None:
+        return arrays[f"{module}.kernel"]
+    codes = arrays[f"{module}.codes"]
+    shape = codes.shape[1] * codes.shape[2], codes.shape[3]
+    scales = {name: arrays[f"{module}.scales.{name}"] for name in scheme.scales(shape)}
+    decode = jax.vmap(lambda codes, scales: scheme.decode(codes, scales, jnp.float32).T)
+    return jax.jit(decode)(codes, scales)
+
+
+def of_files(files: Mapping[str, Any]) -> Matrix:
+    """Reads matrices as a checkpoint's files hold them."""
+    return lambda name, rows: np.ascontiguousarray(files[name][rows, slice(None)])

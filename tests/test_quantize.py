@@ -1,0 +1,228 @@
+"""Quantised bases: codes as bitsandbytes and their definitions have them, and models that compute with what they decode to."""
+
+import dataclasses
+
+import bitsandbytes.functional
+import jax
+import jax.numpy as jnp
+import numpy as np
+import openelm
+import pytest
+import torch
+from checkpoints import assert_same, load, logits, save, tiny, tokens, torch_logits, with_random_b
+
+from jaxft import config
+from jaxft.config import Lora
+from jaxft.errors import UserError
+from jaxft.learn.loss import tally
+from jaxft.models import decoder
+from jaxft.models.quantize import Scheme, dynamic_code
+from jaxft.parallel.mesh import make_mesh
+from jaxft.weights import quantized
+from jaxft.weights.model import find
+
+IDS = tokens(8, 24, vocab=96)
+SHAPES = {"whole rows of blocks": (96, 128), "blocks over the ends of rows": (64, 172), "a last block cut": (33, 100)}
+SCHEMES = {
+    "int8": {"quantize": "int8"},
+    "int4": {"quantize": "int4", "quantize_group": 32},
+    "nf4": {"quantize": "nf4"},
+    "nf4, double": {"quantize": "nf4", "quantize_double": True},
+}
+WIDE = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 16,
+}  # down_proj's 96 inputs are no whole blocks of nf4
+
+
+def drawn(shape, dtype=torch.float32, seed=0):
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * 0.02
+    return torch.from_numpy(values).to(dtype)
+
+
+def coded(scheme, weights):
+    """Codes in the order of the file `[out,in]`, and what they decode to."""
+    found = scheme.encode(jnp.asarray(weights.float().numpy()))
+    codes = np.asarray(found["codes"]).astype(np.int32).reshape(-1, weights.shape[0]).T
+    dtype = jnp.bfloat16 if weights.dtype == torch.bfloat16 else jnp.float32
+    return codes, np.asarray(scheme.decode(found["codes"], found, dtype).T.astype(jnp.float32)), found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_nf4_is_bitsandbytes_to_the_last_bit(shape, dtype):
+    weights = drawn(shape, dtype)
+    packed, state = bitsandbytes.functional.quantize_4bit(weights, blocksize=64, quant_type="nf4")
+    theirs = np.stack([packed.numpy().reshape(-1) >> 4, packed.numpy().reshape(-1) & 15], 1).reshape(-1)
+    codes, decoded, _ = coded(Scheme("nf4"), weights)
+    assert np.array_equal(codes.reshape(-1), theirs[: codes.size])
+    assert np.array_equal(decoded, bitsandbytes.functional.dequantize_4bit(packed, state).float().numpy())
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (512, 512)])
+def test_scales_in_eight_bits_are_bitsandbytes_but_for_ties(shape):
+    """Its kernel for a CPU finds the nearest of two values that are as near by other arithmetic: one code beside, rarely."""
+    assert np.array_equal(dynamic_code(), np.sort(bitsandbytes.functional.create_dynamic_map().numpy()))
+    weights = drawn(shape)
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        weights, blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    _, decoded, found = coded(Scheme("nf4", double=True), weights)
+    in_order = found["scale"].T if found["scale"].ndim == 2 else found["scale"]
+    apart = np.abs(np.asarray(in_order).reshape(-1).astype(int) - state.absmax.numpy().reshape(-1).astype(int))
+    assert apart.max() <= 1 and (apart > 0).sum() <= 2 + 0.005 * apart.size
+    np.testing.assert_allclose(found["scale_of_scale"], state.state2.absmax.numpy(), rtol=1e-5)
+    theirs = bitsandbytes.functional.dequantize_4bit(packed, state).numpy()
+    equal = np.isclose(decoded, theirs, rtol=1e-5, atol=0)
+    assert equal.mean() > 0.98
+
+
+@pytest.mark.parametrize(("scheme", "most"), [(Scheme("int8"), 127), (Scheme("int4", 32), 7), (Scheme("int4", 64), 7)])
+def test_int8_and_int4_are_symmetric_and_round_to_the_nearest_step_of_their_own_group(scheme, most):
+    weights = drawn((48, 128)).numpy()
+    weights[0] = 0  # a group of zeros
+    weights[1] *= 1000
+    codes, decoded, found = coded(scheme, torch.from_numpy(weights))
+    size = 128 if scheme.name == "int8" else scheme.group
+    step = np.abs(weights.reshape(48, -1, size)).max(2) / most
+    np.testing.assert_allclose(np.asarray(found["scale"]).T, step, rtol=1e-6, atol=1e-38)
+    assert np.abs(codes).max() == most and (np.abs(codes.reshape(48, -1, size)).max(2)[1:] == most).all()
+    assert (np.abs(decoded - weights).reshape(48, -1, size) <= step[:, :, None] * 0.5001).all()
+    assert not decoded[0].any()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits"), [(Scheme("int8"), 8), (Scheme("int4", 32), 5), (Scheme("int4", 128), 4.25), (Scheme("nf4"), 4.5),
+                         (Scheme("nf4", double=True), 4.127)],
+)  # fmt: skip
+def test_a_weight_takes_so_many_bits(scheme, bits):
+    assert scheme.bits((4096, 4096)) == pytest.approx(bits, abs=0.01)
+
+
+def model(family):
+    return (
+        openelm.openelm(vocab_size=96, model_dim=64, ffn_dim_divisor=32)
+        if family == "openelm"
+        else tiny(family, **WIDE)
+    )
+
+
+def saved(family, folder):
+    made = model(family)
+    return (openelm.save if family == "openelm" else save)(made, folder), made
+
+
+def with_decoded(made, loaded):
+    """The torch model with what the codes of `loaded` decode to in the place of its weights."""
+    weights = made.state_dict()
+    arrays = {**loaded.frozen, **loaded.trainable}
+    coded_rows = [row for row in loaded.rows if row.scheme is not None]
+    assert coded_rows
+    for row in coded_rows:
+        kernel = np.array(quantized.kernel(arrays, row.path.rpartition(".")[0], row.scheme))
+        for i, name in enumerate(row.names):
+            assert not np.array_equal(kernel[i], weights[name].numpy())
+            weights[name].copy_(torch.from_numpy(kernel[i]))
+    return made
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", ["llama", "gemma2", pytest.param("qwen2", marks=pytest.mark.slow),
+                                    pytest.param("gemma", marks=pytest.mark.slow), "openelm"])  # fmt: skip
+def test_logits_are_torchs_with_the_decoded_weights(family, scheme, tmp_path):
+    folder, made = saved(family, tmp_path)
+    loaded = load(folder, **SCHEMES[scheme])
+    assert_same(logits(loaded, IDS), torch_logits(with_decoded(made, loaded), IDS))
+
+
+def loss_and_gradient(loaded):
+    batch = {"positions": jnp.broadcast_to(jnp.arange(IDS.shape[1]), IDS.shape), "segments": jnp.ones_like(IDS)}
+    targets, weights = jnp.asarray(np.roll(IDS, -1, 1)), jnp.ones(IDS.shape, jnp.float32)
+
+    def nll(trainable):
+        built = decoder.join(loaded.graphdef, trainable, loaded.frozen)
+        h, _ = built.hidden(IDS, **batch)
+        return tally(built, h, targets, weights).nll
+
+    return jax.jit(jax.value_and_grad(nll))(loaded.trainable)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_an_adapter_trains_as_on_a_base_of_the_decoded_weights(scheme, dora, tmp_path):
+    """Every gradient; with DoRA, lengths too are those of the decoded weights."""
+    folder, made = saved("llama", tmp_path / "base")
+    lora = Lora(rank=4, dropout=0.0, dora=dora)
+    loaded = with_random_b(load(folder, lora, **SCHEMES[scheme]))
+    decoded = with_random_b(load(save(with_decoded(made, loaded), tmp_path / "decoded"), lora))
+    (loss, gradient), (want_loss, want) = loss_and_gradient(loaded), loss_and_gradient(decoded)
+    assert float(loss) == pytest.approx(float(want_loss), rel=1e-5)
+    assert gradient.keys() == want.keys()
+    for path, value in want.items():
+        assert np.abs(gradient[path] - value).max() <= 1e-4 * np.abs(value).max(), path
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4, double"])
+def test_eight_devices_hold_the_codes_of_one_and_compute_the_same(scheme, tmp_path):
+    folder, _ = saved("llama", tmp_path)
+    lora = Lora(rank=4, dropout=0.0)
+    one = with_random_b(load(folder, lora, **SCHEMES[scheme]))
+    want_loss, want = loss_and_gradient(one)
+    other = (
+        config.Mesh(data=2, fsdp=4) if scheme == "int4" else config.Mesh(data=2, fsdp=2, tensor=2)
+    )  # 3 groups are not 2
+    for shape in (config.Mesh(fsdp=8), other):
+        mesh = make_mesh(shape)
+        eight = with_random_b(load(folder, lora, mesh=mesh, **SCHEMES[scheme]))
+        for path, value in one.frozen.items():
+            assert np.array_equal(np.asarray(eight.frozen[path]), np.asarray(value)), path
+        codes = next(v for path, v in eight.frozen.items() if path.endswith("gate_proj.codes"))
+        assert codes.sharding.shard_shape(codes.shape)[-1] < codes.shape[-1]
+        loss, gradient = loss_and_gradient(eight)
+        assert float(loss) == pytest.approx(float(want_loss), rel=1e-5)
+        for path, value in want.items():
+            assert np.abs(np.asarray(gradient[path]) - value).max() <= 1e-4 * np.abs(value).max(), path
+
+
+def test_what_is_skipped_or_trained_in_full_stays_as_it_is(tmp_path):
+    folder, _ = saved("llama", tmp_path)
+    lora = Lora(rank=4, targets=("q_proj",), train_modules=("k_proj",))
+    loaded = load(folder, lora, quantize="nf4", quantize_skip=("down_proj", "model.layers.1.mlp.up_proj"))
+    schemes = {name: row.scheme for row in loaded.rows for name in row.names if row.of_checkpoint}
+    whole = {name for name, scheme in schemes.items() if scheme is None}
+    in_layers = {name.removeprefix("model.layers.").removesuffix(".weight") for name in whole if ".layers." in name}
+    assert {name for name in in_layers if "norm" not in name} == {
+        *(f"{i}.{module}" for i in (0, 1) for module in ("self_attn.k_proj", "mlp.down_proj")), "1.mlp.up_proj",
+    }  # fmt: skip
+    assert {"model.embed_tokens.weight", "model.norm.weight"} <= whole
+
+
+def test_a_random_start_is_quantised_too(tmp_path):
+    folder, _ = saved("llama", tmp_path)
+    plain, coded_start = (load(folder, init="random", **more) for more in ({}, {"quantize": "int8"}))
+    row = next(row for row in coded_start.rows if row.path.endswith("up_proj.codes"))
+    kernel = quantized.kernel(coded_start.frozen, row.path.rpartition(".")[0], row.scheme)
+    want = plain.frozen[row.path.replace(".codes", ".kernel")]
+    assert np.abs(kernel - want).max() <= np.abs(want).max() / 127
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"quantize": "int4", "quantize_group": 64}, "quantize_group: model.layers.0.mlp.down_proj: 96 inputs are"),
+        ({"quantize": "int8", "quantize_skip": ("dense",)}, "quantize_skip: 'dense' matches no linear module; llama has d"),
+    ],
+)  # fmt: skip
+def test_a_base_that_cannot_be_quantised_so_is_one_line(settings, said, tmp_path):
+    folder, _ = saved("llama", tmp_path)
+    with pytest.raises(UserError, match=said):
+        find(config.Model(name=str(folder), **settings), Lora())
+
+
+def test_the_published_code_is_sorted_and_symmetric_at_its_ends():
+    from jaxft.models.quantize import NF4
+
+    assert list(NF4) == sorted(NF4) and NF4[0] == -1 and NF4[-1] == 1 and NF4[7] == 0
+    assert dataclasses.replace(Scheme("nf4"), double=True) != Scheme("nf4")
