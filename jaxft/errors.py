@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+# What a secret looks like in a message, a setting or a URL: the Hub's tokens, and a password before a host.
+SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}|(?<=://)[^/\s@]+(?=@)")
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
+FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")
 
 EXIT_USER, EXIT_RESOURCES, EXIT_AGAIN, EXIT_INTERRUPTED = 2, 3, 75, 130
 
@@ -32,23 +40,93 @@ def run_verb(main: Callable[[list[str]], int | None]) -> None:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         code = exit_code(error)
-    except KeyboardInterrupt:
-        print("error: interrupted; a training run resumes with the same command", file=sys.stderr)
-        code = EXIT_INTERRUPTED
     except BrokenPipeError:  # `jaxft … | head`: the reader has left, so there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    sys.stdout.flush()
+    except Exception as error:
+        found = None if debug else ran_out(error)
+        if found is None:
+            raise
+        print(f"error: {one_line(found)}", file=sys.stderr)
+        code = EXIT_RESOURCES
+    except KeyboardInterrupt:
+        print("error: interrupted; a training run resumes with the same command", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # standard output goes to a file on a full disk
+        print(f"error: standard output: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or exit_code(error)
     sys.exit(code)
 
 
 def exit_code(error: BaseException) -> int:
     """What a process that ends by `error` leaves with."""
     codes = ((UserError, EXIT_USER), (OutOfResources, EXIT_RESOURCES), (KeyboardInterrupt, EXIT_INTERRUPTED))
-    return next((code for kind, code in codes if isinstance(error, kind)), 1)
+    code = next((code for kind, code in codes if isinstance(error, kind)), None)
+    return code or (EXIT_RESOURCES if ran_out(error) else 1)
+
+
+def ran_out(error: BaseException) -> OutOfResources | None:
+    """What ran out (disk, memory of the host or of a device), where `error` or what caused it says so; else None."""
+    if full := disk_full(error):
+        return OutOfResources(_disk(*full))
+    for cause in _causes(error):
+        text = " ".join(str(cause).split())
+        if isinstance(cause, MemoryError):
+            return OutOfResources(f"the host's memory ran out{f': {text:.200}' if text else ''}; {LESS_HOST_MEMORY}")
+        if "RESOURCE_EXHAUSTED" in text and type(cause).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+            return OutOfResources(f"a device's memory ran out: {text:.300}; {LESS_DEVICE_MEMORY}")
+    return None
+
+
+def disk_full(error: BaseException) -> tuple[object, str] | None:
+    """The file, where it is known, and the system's words, where `error` or what caused it is a full disk."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            return cause.filename, str(cause.strerror)
+        said = next((words for words in FULL_TEXTS if words in str(cause)), None)  # of a library's own type
+        if said is not None:
+            return None, said
+    return None
+
+
+LESS_HOST_MEMORY = "free some, or lower data.limit or data.max_length"
+LESS_DEVICE_MEMORY = (
+    "lower optim.batch_size (or raise optim.accumulation_steps), lower data.max_length, set model.remat full, or spread "
+    "the model over more devices (mesh.fsdp)"
+)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    for _ in range(10):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _disk(file: object, why: object) -> str:
+    """A line on a full disk; how much was to be written only a checkpoint or an export knows."""
+    place = os.path.abspath(os.fsdecode(file)) if isinstance(file, (str, bytes, os.PathLike)) else os.getcwd()
+    while not os.path.isdir(place) and place != os.path.dirname(place):
+        place = os.path.dirname(place)
+    name = f"{os.fsdecode(file)}: " if isinstance(file, (str, bytes, os.PathLike)) else ""
+    free = shutil.disk_usage(place).free
+    return f"{name}the disk is full ({why}): more needed, {free:,} bytes free; make room, then the same command again"
+
+
+def redacted(text: str) -> str:
+    """The text without what looks like a secret."""
+    return SECRET.sub("***", text)
 
 
 def one_line(error: object) -> str:
-    """The message with line breaks and control characters made visible, so that data cannot drive the terminal."""
-    text = " ".join(str(error).split())
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """The message without secrets, with line breaks and control characters made visible: data cannot drive the terminal."""
+    return visible(" ".join(redacted(str(error)).split()))
+
+
+def visible(text: str, but: str = "") -> str:
+    """The text with its control characters, except those in `but`, spelt out."""
+    return "".join(c if c.isprintable() or c in but else repr(c)[1:-1] for c in text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +11,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import jaxft
-from jaxft import command_line, config
+from jaxft import command_line, config, disk
 from jaxft.errors import UserError, run_verb
+from jaxft.learn.progress import tell
 
 if TYPE_CHECKING:  # JAX and the rest are imported where used: --help and a mistake in the config answer at once
     import optax
@@ -19,8 +21,11 @@ if TYPE_CHECKING:  # JAX and the rest are imported where used: --help and a mist
 
     from jaxft.data.dataset import Dataset
     from jaxft.evals.tasks import Answerer
+    from jaxft.learn.evaluator import Evaluator
+    from jaxft.learn.examples import Examples, Text
     from jaxft.learn.folder import RunFolder
-    from jaxft.learn.loop import Loop, Stand
+    from jaxft.learn.loop import Loop, Observer, Stand
+    from jaxft.learn.metrics import Metrics
     from jaxft.learn.recompute import Compiled
     from jaxft.learn.step import TrainState
     from jaxft.parallel.watchdog import Watchdog
@@ -60,6 +65,7 @@ class Started:
     stand: Stand | None  # None: from the beginning
     checkpoints: Checkpoints
     answerer: Answerer
+    examples: Examples
 
 
 def run(settings: config.Config) -> None:
@@ -73,14 +79,16 @@ def run(settings: config.Config) -> None:
     with joined(settings.mesh, _alike(settings)) as processes:
         folder = RunFolder(settings, processes)
         if folder.finished:
-            print(f"{folder.place}: this run has ended ({folder.results.get('ended')}); nothing to do")
+            tell(f"{folder.place}: this run has ended ({folder.results.get('ended')}); nothing to do")
             return
         keep_compiled(settings.run.compilation_cache)
-        with Watchdog(processes) as watchdog:
+        with folder.held(), Watchdog(processes) as watchdog:
             _run(settings, folder, watchdog, began)
 
 
 def _run(settings: config.Config, folder: RunFolder, watchdog: Watchdog, began: float) -> None:
+    from jaxft.learn import metrics
+
     watchdog.doing("reading rows")
     job = prepare(settings)
     folder.processes.same("the data", job.data.facts["fingerprint"])
@@ -91,12 +99,19 @@ def _run(settings: config.Config, folder: RunFolder, watchdog: Watchdog, began: 
     if started.stand is None:
         watchdog.doing("measuring the base model")
         _measure_tasks(job, started, folder, "base", started.state.trainable)
-    loop, reason = _train(job, started, folder, watchdog, began)
-    best = _best(started, loop)
-    print(f"{reason}; best step {loop.stand.best_step}")
-    watchdog.doing("measuring the best adapter")
-    _measure_tasks(job, started, folder, "tuned", best)
+    evaluator = _evaluator(job, started, watchdog)
+    with metrics.opened(folder, settings, None if started.stand is None else int(started.state.step)) as told:
+        if started.stand is None:
+            told.histogram("data/train_row_tokens", job.data.parts["train"].lengths, 0)
+        loop, reason = _train(job, started, folder, watchdog, evaluator, told, began)
+        best = _best(started, loop)
+        tell(f"{reason}; best step {loop.stand.best_step}")
+        watchdog.doing("measuring the best adapter")
+        _measure_tasks(job, started, folder, "tuned", best)
+        told.scores(metrics.final_scores(folder, loop.stand.best_loss), loop.step)
     watchdog.doing("writing results")
+    if evaluator is not None:
+        started.examples.write(evaluator.rows, _texts(job), loop.stand.best_step, loop.step)
     _finish(job, started, folder, loop, reason, best)
 
 
@@ -113,9 +128,11 @@ def prepare(settings: config.Config) -> Job:
     """Reads rows, headers and the tokenizer, and checks all of them. Raises UserError."""
     from jaxft.data import chat, dataset, rows
     from jaxft.evals import tasks
+    from jaxft.learn.writers import check_tracker
     from jaxft.parallel.mesh import check_batch, make_mesh
     from jaxft.weights import model
 
+    check_tracker(settings.run.wandb)
     splits = rows.load(settings.data, settings.run.seed)
     tasks.check(settings.eval.tasks, (splits.test or splits.validation)[: settings.eval.limit])
     source = model.find(settings.model, settings.lora)
@@ -131,6 +148,7 @@ def start(job: Job, folder: RunFolder) -> Started:
     """Reads the weights, opens the run folder, and restores its newest checkpoint where there is one."""
     from jaxft.evals.tasks import Answerer
     from jaxft.learn import optim, recompute, step
+    from jaxft.learn.examples import Examples
     from jaxft.learn.loop import Stand
     from jaxft.parallel.mesh import usable_bytes
     from jaxft.weights import model
@@ -148,15 +166,17 @@ def start(job: Job, folder: RunFolder) -> Started:
     loaded = replace(loaded, graphdef=compiled.outlined.graphdef)
     state, stand = step.initial_state(loaded, compiled.optimizer, mesh), None
     folder.start(_facts(job, loaded, compiled, folder.results))
-    checkpoints = Checkpoints(folder.place / "checkpoints", settings.run.keep)
+    checkpoints = Checkpoints(folder.place / "checkpoints", settings.run.keep, folder.processes)
     latest = folder.processes.from_first(lambda: checkpoints.latest)
     if latest is not None:
         state, progress = checkpoints.restore(latest, state)
         stand = Stand(**progress)
     _banner(job, folder, latest)
-    print(compiled.said(), flush=True)
+    tell(compiled.said())
     answerer = Answerer(loaded.decoder(), job.tokenizer, job.data.template, settings.eval.max_new_tokens)
-    return Started(loaded, compiled, optim.schedule(settings.optim, job.steps), state, stand, checkpoints, answerer)
+    schedule = optim.schedule(settings.optim, job.steps)
+    examples = Examples(folder.path, writes=folder.processes.first)
+    return Started(loaded, compiled, schedule, state, stand, checkpoints, answerer, examples)
 
 
 def _check_commit(results: dict[str, Any], source: Source, model: config.Model) -> None:
@@ -210,84 +230,115 @@ def _banner(job: Job, folder: RunFolder, resumed: int | None) -> None:
     adapted = lora.described(job.source.plan)
     shape = ", ".join(f"{name}={size}" for name, size in job.mesh.shape.items())
     data = job.data.facts
-    print(f"model: {model['name']} ({model['family']}, {model['dtype']})")
-    print(f"trained: {adapted}")
-    print(
+    tell(f"model: {model['name']} ({model['family']}, {model['dtype']})")
+    tell(f"trained: {adapted}")
+    tell(
         f"trainable params: {trainable:,} || all params: {parameters:,} || trainable%: {100 * trainable / parameters:.4f}"
     )
     for note in job.data.notes:
-        print(note)
-    print(f"device: {device['count']} × {device['kind']}, mesh {shape}")
-    print(
+        tell(note)
+    tell(f"device: {device['count']} × {device['kind']}, mesh {shape}")
+    tell(
         f"batch: {optim.batch_size} sequences of {data['length']} tokens in {optim.accumulation_steps} micro-batch(es), "
         f"{100 * data['fill']:.1f} % of positions real; {job.steps} steps"
     )
-    print(f"run folder: {folder.place}" + ("" if resumed is None else f", resumed at step {resumed}"), flush=True)
+    tell(f"run folder: {folder.place}" + ("" if resumed is None else f", resumed at step {resumed}"))
 
 
 def _measure_tasks(job: Job, started: Started, folder: RunFolder, side: str, trainable: dict[str, Any]) -> None:
-    """Measures each of eval.tasks on one side (base or tuned) and keeps its scores in results.json."""
-    from jaxft.evals.tasks import TASKS
+    """Measures each of eval.tasks on one side (base or tuned); keeps its scores in results.json, and every answer."""
+    from jaxft.evals import tasks
 
     rows = job.data.task_rows[: job.config.eval.limit]
     for task in job.config.eval.tasks:
-        scores = TASKS[task][0](rows, started.answerer, trainable)
+        scores, problems = tasks.measure(task, rows, started.answerer, trainable)
+        started.examples.keep_answers(task, side, problems)
         known = folder.results["tasks"]
         folder.update({"tasks": known | {task: known.get(task, {}) | {side: scores}}})
         low, high = scores["exact_match_interval"]
-        print(
+        tell(
             f"{task}, {side}: exact match {100 * scores['exact_match']:.1f} % of {scores['problems']} problems "
-            f"(95 % interval {100 * low:.1f} to {100 * high:.1f})",
-            flush=True,
+            f"(95 % interval {100 * low:.1f} to {100 * high:.1f})"
         )
 
 
-def _train(job: Job, started: Started, folder: RunFolder, watchdog: Watchdog, began: float) -> tuple[Loop, str]:
+def _evaluator(job: Job, started: Started, watchdog: Watchdog) -> Evaluator | None:
+    """None where nothing is held out."""
+    from jaxft.learn import step
+    from jaxft.learn.evaluator import Evaluator
+
+    sets = {name: part.loader for name, part in job.data.measured.items()}
+    eval_step = step.make_eval_step(started.loaded, job.mesh)
+    return Evaluator(eval_step, started.loaded.frozen, job.mesh, sets, watchdog.alive) if sets else None
+
+
+def _train(
+    job: Job,
+    started: Started,
+    folder: RunFolder,
+    watchdog: Watchdog,
+    evaluator: Evaluator | None,
+    metrics: Metrics,
+    began: float,
+) -> tuple[Loop, str]:
     from jaxft.learn import step
     from jaxft.learn.loop import Loop, Parts
-    from jaxft.learn.metrics import Metrics
 
-    resumed = None if started.stand is None else int(started.state.step)
-    metrics = Metrics(folder.path, resumed, writes=folder.processes.first)
     accumulation, compiled = job.config.optim.accumulation_steps, started.compiled
     parts = Parts(
         mesh=job.mesh,
         schedule=started.schedule,
         train=job.data.train,
-        validation=job.data.validation,
+        evaluator=evaluator,
         train_step=step.make_train_step(started.loaded, compiled.optimizer, job.mesh, accumulation_steps=accumulation),
         compiled={job.data.train.largest_batch: compiled.executable},
         flops_per_token=job.source.arch.flops_per_token(frozen=job.config.lora is not None),
-        eval_step=step.make_eval_step(started.loaded, job.mesh),
         frozen=started.loaded.frozen,
         checkpoints=started.checkpoints,
         metrics=metrics,
-        sampler=_sampler(job, started),
+        examples=started.examples,
+        observers=_observers(job, started, metrics),
         processes=folder.processes,
         watchdog=watchdog,
         tensorboard=folder.path / "tensorboard",
         sent=folder.send,
     )
     loop = Loop(job.config, parts, job.steps, started.state, started.stand, began)
-    try:
-        return loop, loop.run()
-    finally:
-        metrics.close()
+    return loop, loop.run()
 
 
-def _sampler(job: Job, started: Started) -> Any:
-    """Answers to the first held-out rows as text; None where no samples are asked for or rows are plain text."""
+def _observers(job: Job, started: Started, metrics: Metrics) -> list[Observer]:
+    """What is shown at every evaluation: answers to the first held-out rows, and how far the adapter has moved."""
+    from jaxft.evals import tasks
+    from jaxft.learn.norms import adapter_norms
+
+    rows, norms = job.data.held_out[: job.config.eval.samples], None
+    if job.config.lora is not None:
+        norms = adapter_norms(started.loaded.rows, job.source.plan, job.mesh)
+
+    def sample(step: int, trainable: dict[str, Any]) -> dict[str, float]:
+        text, stopped = tasks.samples(rows, started.answerer, trainable, SAMPLE_TOKENS)
+        metrics.text("samples", text, step)
+        return {"eval_samples_stopped": stopped}
+
+    def moved(step: int, trainable: dict[str, Any]) -> dict[str, float]:
+        for name, values in norms(trainable).items():
+            metrics.histogram(f"lora_norm/{name}", values, step)
+        return {}
+
+    wanted = [moved] if norms is not None else []
+    return [*wanted, sample] if rows and rows[0].turns[-1].role != "text" else wanted
+
+
+def _texts(job: Job) -> dict[str, list[Text]]:
+    """What the rows that evaluations measure ask and answer."""
     from jaxft.evals.tasks import question
+    from jaxft.learn.examples import Text
 
-    rows = job.data.held_out[: job.config.eval.samples]
-    if not rows or rows[0].turns[-1].role == "text":
-        return None
-
-    def sample(trainable: dict[str, Any]) -> str:
-        said = started.answerer(rows, trainable, SAMPLE_TOKENS)
-        return "\n\n".join(f"{question(row)}\n→ {answer.strip()}" for row, answer in zip(rows, said))
-
-    return sample
+    return {
+        name: [Text(row.origin, question(row), row.turns[-1].content) for row in part.rows]
+        for name, part in job.data.measured.items()
+    }
 
 
 def _best(started: Started, loop: Loop) -> dict[str, Any]:
@@ -312,35 +363,36 @@ def _finish(job: Job, started: Started, folder: RunFolder, loop: Loop, reason: s
     if folder.processes.first:
         report.write(folder.path)
         folder.send()
-        print(f"report: {folder.place / 'report.md'}")
+        tell(f"report: {folder.place / 'report.md'}")
 
 
 def _export(job: Job, loaded: Loaded, folder: RunFolder, best: dict[str, Any]) -> None:
     """The adapter in PEFT's format, or with lora None the whole model in transformers'; all gather, process 0 writes."""
+    from jaxft.learn.metrics import evaluation
     from jaxft.weights import merged, peft
     from jaxft.weights.card import write_card
 
     source, model, writes = job.source, job.config.model, folder.processes.first
-    if job.config.lora is None:
-        target = folder.path / "model"
-        config = merged.config_for(source.folder, model.name, source.arch, source.plan, source.stored)
-        tensors = merged.trained(loaded.rows, best, source.stored)
-        if writes:
-            merged.save(target, tensors, config, source.folder, source.tokenizer)
+    whole = job.config.lora is None
+    target, size = folder.path / ("model" if whole else "adapter"), sum(array.nbytes for array in best.values())
+    with disk.new_folder(target, size) if writes else contextlib.nullcontext(target) as new:
+        if whole:
+            config = merged.config_for(source.folder, model.name, source.arch, source.plan, source.stored)
+            tensors = merged.trained(loaded.rows, best, source.stored)
+            if writes:
+                merged.save(new, tensors, config, source.folder, source.tokenizer)
+            else:
+                merged.gather(tensors)
         else:
-            merged.gather(tensors)
-        note = ""
-    else:
-        target = folder.path / "adapter"
-        named = model.name, source.commit or model.revision
-        peft.save(target, loaded.rows, best, source.plan, source.arch, *named, writes=writes)
-        note = f" ({peft.vllm_verdict(source.plan, source.arch)})"
-    if not writes:
-        return
-    if job.config.lora is not None:
-        merged.copy_files(source.tokenizer, target)
-    write_card(target, folder.settings, folder.results, folder.results["best_loss"])
-    print(f"{target.name}: {folder.place / target.name}{note}")
+            named = model.name, source.commit or model.revision
+            peft.save(new, loaded.rows, best, source.plan, source.arch, *named, writes=writes)
+        if not writes:
+            return
+        if not whole:
+            merged.copy_files(source.tokenizer, new)
+        write_card(new, folder.settings, folder.results, evaluation(folder.path, folder.results["best_step"]))
+    note = "" if whole else f" ({peft.vllm_verdict(source.plan, source.arch)})"
+    tell(f"{target.name}: {folder.place / target.name}{note}")
 
 
 if __name__ == "__main__":

@@ -109,5 +109,5 @@ def saved(folder, step):
 
 def same_files(one, two):
     assert lines(one) == lines(two)
-    for name in (WEIGHTS, "adapter/adapter_config.json"):
+    for name in (WEIGHTS, "adapter/adapter_config.json", "examples.jsonl"):
         assert (one / name).read_bytes() == (two / name).read_bytes()

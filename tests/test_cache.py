@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from jaxft import train
 from jaxft.config import Config, Data, Model, Optim
 from jaxft.data import cache, chat
+from jaxft.data.marks import KINDS
 from jaxft.data.rows import Row, Turn
 
 ROWS = [*(exchange(f"How many? {i}", f"{i} apples") for i in range(30)), TALK]
@@ -30,9 +31,9 @@ def encoded(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cache, "_encode", counting)
 
-    def encoded(rows=ROWS, tokenizer=None, template="plain", train_on="all", folder=tmp_path / "tokens"):
+    def encoded(rows=ROWS, tokenizer=None, template="plain", train_on="all", folder=tmp_path / "tokens", marked=False):
         before = len(calls)
-        examples = cache.encoded(rows, tokenizer or build(CHATML), template, train_on, folder)
+        examples = cache.encoded(rows, tokenizer or build(CHATML), template, train_on, folder, marked=marked)
         return examples, len(calls) > before
 
     encoded.folder = tmp_path / "tokens"
@@ -45,8 +46,16 @@ def same(one, two):
         and (a.tokens.dtype, a.loss_mask.dtype) == (b.tokens.dtype, b.loss_mask.dtype) == (np.int32, bool)
         and np.array_equal(a.tokens, b.tokens)
         and np.array_equal(a.loss_mask, b.loss_mask)
+        and same_marks(a.marks, b.marks)
         for a, b in zip(one, two)
     )
+
+
+def same_marks(one, two):
+    if one is None or two is None:
+        return one is two
+    columns = [(one.bytes, two.bytes), *((one.kinds[kind], two.kinds[kind]) for kind in KINDS)]
+    return one.cut == two.cut and all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in columns)
 
 
 def files(folder):
@@ -61,6 +70,16 @@ def test_the_second_reading_equals_the_first_bit_for_bit(encoded, template):
         assert made and not again and same(first, second)
         assert same(first, list(chat.encode_rows(ROWS, build(CHATML), template, train_on)))
     assert len(files(encoded.folder)) == 2 and all(name.endswith(".npz") for name in files(encoded.folder))
+
+
+def test_marks_are_kept_beside_the_tokens(encoded):
+    rows = [exchange("How many?", f"<<1+{i}={i + 1}>>{i + 1} Äpfel\n#### {i + 1}") for i in range(20)]
+    first, made = encoded(rows, marked=True)
+    second, again = encoded(rows, marked=True)
+    assert made and not again and same(first, second)
+    assert same(first, chat.marked(list(chat.encode_rows(rows, build(CHATML), "plain")), rows, build(CHATML), "plain"))
+    assert all(example.marks.kinds["final answer"].any() for example in second)
+    assert encoded(rows)[1] and encoded(rows)[0][0].marks is None
 
 
 def test_one_row_and_no_row_are_kept_like_many(encoded):
@@ -99,6 +118,7 @@ def test_whatever_decides_a_token_or_a_mask_asks_for_other_tokens(encoded, monke
         "a template of one's own": {"template": CHATML},
         "a space in it": {"template": CHATML.replace("\n", " ")},
         "data.train_on": {"train_on": "last"},
+        "marks": {"marked": True},
     }
     for count, (what, change) in enumerate(changes.items(), 1):
         assert encoded(**change)[1], what
@@ -215,7 +235,7 @@ def test_a_run_keeps_its_rows_under_data_cache_and_reads_the_same_batches(tmp_pa
     without = train.prepare(settings(None)).data.facts
     assert files(tmp_path) == []
     first = train.prepare(settings("~/kept")).data.facts
-    assert len(files(tmp_path / "kept" / "tokens")) == 2  # training and validation rows
+    assert len(files(tmp_path / "kept" / "tokens")) == 3  # training and validation rows, and the probe
     monkeypatch.setattr(cache, "_encode", None)
     assert train.prepare(settings("~/kept")).data.facts == first == without
     # What is done with tokens afterwards asks for no others.

@@ -13,7 +13,7 @@ from jaxft.config import Mesh
 from jaxft.data.chat import Example
 from jaxft.data.loader import LENGTH_MULTIPLE, LENGTHS, Loader
 from jaxft.errors import UserError
-from jaxft.learn.loop import place_batch
+from jaxft.learn.step import place_batch
 from jaxft.parallel.mesh import make_mesh
 
 

@@ -88,6 +88,23 @@ def test_sums_and_gradients_are_those_of_whole_logits(where, trained, cap, V, mo
     assert_equal(model(V, cap, mesh_of(where), trained), V, cap)
 
 
+@pytest.mark.parametrize(
+    ("where", "V"), [("one device", 96), ("swept", 97), ("fsdp=8", 96), ("fsdp=8", 97), ("2·2·2", 96), ("2·2·2", 98)]
+)
+def test_the_scores_of_positions_are_those_of_whole_logits(where, V, monkeypatch):
+    for name, value in (("CHUNK_ELEMENTS", 96 * 7), ("MIN_CHUNK", 1), ("SWEPT_CHUNK", 40), ("COLUMNS", 17)):
+        monkeypatch.setattr(loss, name, value)
+    made = model(V, 2.0, mesh_of(where))
+    h, targets, weights = batch(V)
+    logits = 2.0 * jnp.tanh(h @ made.head[...].T / 2.0)
+    targets = targets.at[:, ::3].set(jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, ::3])  # some right ones
+    scores = jax.jit(lambda h: loss.scores(made, h, targets, weights))(h)
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(scores.nll, jnp.where(weights > 0, nll, 0.0), atol=2e-6 * float(nll.max()))
+    np.testing.assert_array_equal(scores.correct, (jnp.argmax(logits, axis=-1) == targets) & (weights > 0))
+    assert 0 < np.asarray(scores.correct).sum() < (np.asarray(weights) > 0).sum()
+
+
 @pytest.mark.parametrize("where", MESHES)
 def test_of_equal_logits_the_first_is_the_prediction(where):
     made = model(96, mesh=mesh_of(where))

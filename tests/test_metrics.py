@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from jaxft.learn.metrics import Progress, memory, speed
+from jaxft.learn.metrics import memory, speed
+from jaxft.learn.progress import Progress, tell
 
 
 class Device:
@@ -69,3 +70,30 @@ def test_a_line_names_the_mfu_only_where_there_is_one(capsys):
     progress.show({k: v for k, v in RECORD.items() if k != "mfu"})
     first, second = capsys.readouterr().out.splitlines()
     assert "tokens/s 123,456  mfu 52.3%  left" in first and "mfu" not in second
+
+
+def test_lines_break_between_words_in_a_terminal_and_nowhere_else(monkeypatch, capsys):
+    line = "trained: LoRA r=8 on " + " ".join(f"{name}_proj×4" for name in "q k v o gate up down".split())
+    tell(line)
+    assert capsys.readouterr().out == line + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    tell(line)
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 2 and all(len(part) <= 60 for part in shown) and shown[1].startswith("  ")
+    assert " ".join(part.strip() for part in shown) == line
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_evaluation_is_a_line_that_stays(terminal, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    for name, value in (("COLUMNS", "80"), ("TERM", "xterm"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    record = {"step": 120, "eval_loss": 0.5, "eval_mean_token_accuracy": 0.9, "probe_loss": 0.25}
+    with Progress(240) as progress:
+        progress.evaluated(record, None)
+        progress.evaluated({k: v for k, v in record.items() if k != "probe_loss"}, (0.25, 60))
+    out = capsys.readouterr().out
+    names = ("acc", "probe") if terminal else ("eval_accuracy", "probe_loss")
+    assert f"step   120/240  eval_loss 0.5000  {names[0]} 0.900  {names[1]} 0.2500  (best)\n" in out.replace("\r", "")
+    assert f"eval_loss 0.5000  {names[0]} 0.900  (best 0.2500 at step 60)\n" in out

@@ -136,10 +136,13 @@ class Stub:
     def wait(self):
         pass
 
+    def check(self):
+        pass
+
 
 def loop(stub, loader, steps, **evaluation):
     settings = Config(run=config.Run(log_every=10), eval=config.Eval(**evaluation))
-    parts = Parts(make_mesh(devices=jax.devices()[:1]), float, loader, None, stub, None, {}, stub, stub)
+    parts = Parts(make_mesh(devices=jax.devices()[:1]), float, loader, None, stub, {}, stub, stub)
     state = type("State", (), {"step": 0, "trainable": {}})()
     return Loop(settings, parts, steps, state, None, time.monotonic())
 

@@ -13,7 +13,7 @@ import pytest
 from jaxft import config
 from jaxft.parallel.meeting import Place, Told, find_place, meet, readable
 from jaxft.parallel.processes import Processes
-from tests.launched import HERE, free_port
+from launched import HERE, free_port
 
 MEMBER = """
 import sys, time

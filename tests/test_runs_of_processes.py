@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import jaxft
-from tests.launched import HERE, Run, lines, logged, same_files, saved
+from launched import HERE, Run, lines, logged, same_files, saved
 
 # The train verb, with every byte counted that is read of the weights.
 COUNTING = """

@@ -155,18 +155,23 @@ def test_one_device_equals_eight_when_every_weight_is_trained_and_the_batch_is_c
     assert_close(found, full_gradient[0])
 
 
-def test_evaluation_sums_what_training_sums_and_counts_what_is_the_most_likely(plain):
+def test_evaluation_gives_of_each_position_what_training_sums_and_counts_what_is_the_most_likely(plain):
     evaluate = make_eval_step(plain.loaded, plain.mesh)
     _, (metrics,) = plain(batch())
-    sums = evaluate(plain.loaded.trainable, plain.loaded.frozen, batch())
-    wanted = {name: metrics[name] for name in ("nll", "correct", "weight")}
-    assert {name: float(v) for name, v in sums._asdict().items()} == pytest.approx(wanted, rel=ROUNDING)
-    assert float(sums.weight) == batch()["weights"].sum() == 28
+    scores = evaluate(plain.loaded.trainable, plain.loaded.frozen, batch())
+    assert {name: float(v.sum()) for name, v in scores._asdict().items()} == pytest.approx(
+        {name: metrics[name] for name in ("nll", "correct")}, rel=ROUNDING
+    )
+    assert metrics["weight"] == batch()["weights"].sum() == 28 == (np.asarray(scores.nll) > 0).sum()
+    logits = np.asarray(plain.loaded.decoder()(batch()["tokens"]), np.float64)
+    likely = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(likely, batch()["targets"][..., None], -1)[..., 0] * batch()["weights"]
+    assert np.abs(np.asarray(scores.nll) - nll).max() < ROUNDING * nll.max()
     rows = batch()
     guesses = np.asarray(plain.loaded.decoder()(rows["tokens"])).argmax(-1).astype(np.int32)
     rows["targets"] = np.where(np.arange(16)[None] % 2 == 0, guesses, (guesses + 1) % 96).astype(np.int32)
-    sums = evaluate(plain.loaded.trainable, plain.loaded.frozen, rows)
-    assert float(sums.correct) == rows["weights"][:, ::2].sum()
+    scores = evaluate(plain.loaded.trainable, plain.loaded.frozen, rows)
+    assert np.array_equal(scores.correct, (rows["weights"] > 0) & (np.arange(16)[None] % 2 == 0))
 
 
 def test_neither_training_nor_evaluation_holds_all_logits(tmp_path):

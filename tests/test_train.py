@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -52,10 +53,13 @@ def finished(tmp_path_factory):
 
 
 def test_a_run_folder_holds_what_is_promised(finished):
+    # Else it imports TensorFlow where that is installed, which takes longer than the run.
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     names = {
         "config.json",
+        "examples.jsonl",
         "metrics.jsonl",
         "tensorboard",
         "checkpoints",
@@ -82,6 +86,20 @@ def test_a_run_folder_holds_what_is_promised(finished):
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= adapter
 
 
+def test_examples_have_the_losses_of_the_base_the_best_and_the_last_step(finished):
+    found = [json.loads(line) for line in (finished / "examples.jsonl").read_text().splitlines()]
+    evaluated = {r["step"]: r for r in lines(finished) if "eval_loss" in r}
+    best = json.loads((finished / "results.json").read_text())["best_step"]
+    for split, loss in (("validation", "eval_loss"), ("probe", "probe_loss")):
+        of = [line for line in found if line["split"] == split]
+        assert len(of) == 3  # 5 % of 60
+        for time, step in (("base", 0), ("best", best), ("end", 20)):
+            nll, tokens = sum(line["nll"][time] for line in of), sum(line["tokens"] for line in of)
+            assert nll / tokens == pytest.approx(evaluated[step][loss], rel=1e-12)
+    assert all("#### " in line["answer"] and line["bytes"] > line["tokens"] / 2 for line in found)
+    assert all(line["kinds"]["final answer"]["tokens"] > 0 for line in found)
+
+
 def stopping_at(step):
     """A `Loop._train_once` that is interrupted after `step`."""
     once = Loop._train_once
@@ -105,7 +123,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one_and_each_start_compiles_
         start(tmp_path)
     start(tmp_path)
     weights = "adapter/adapter_model.safetensors"
-    assert (tmp_path / weights).read_bytes() == (finished / weights).read_bytes()
+    for name in (weights, "examples.jsonl"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
     assert lines(tmp_path) == lines(finished)
     assert [(loop.step, list(loop._steps)) for loop in loops] == [(13, [(8, 96)]), (20, [(8, 96)])]
     assert all(

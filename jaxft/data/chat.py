@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxft.data.marks import Marks, marks
 from jaxft.data.rows import Row, Turn
+from jaxft.data.sandbox import Sandbox, TemplateFault
 from jaxft.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,15 +27,20 @@ DATE = DAY.strftime("%d %b %Y")
 CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 PROBE = "\ue000an answer\ue001"
 CHUNK = 1024
+SANDBOX = Sandbox()
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row as tokens: `tokens` int32 `[n]`, `loss_mask` bool `[n]`, True where the token is a target."""
+    """A row as tokens: `tokens` int32 `[n]`, `loss_mask` bool `[n]`, True where the token is a target.
+
+    `marks` are there where an evaluation counts some of them apart.
+    """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     origin: str
+    marks: Marks | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if not any((Path(folder) / name).is_file() for name in names):
         raise UserError(f"tokenizer {folder}: no {' or '.join(names)} in it; name another one as model.tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True, trust_remote_code=False)
+        options = {"use_fast": True, "local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+        tokenizer("a")  # some settings that make no sense show only here
+        return tokenizer
     except Exception as error:  # A broken file surfaces as any of a dozen types; the chain keeps it for --debug.
         what = " ".join(str(error).split())
         raise UserError(f"tokenizer {folder}: cannot be loaded ({type(error).__name__}: {what:.300})") from error
@@ -198,21 +208,27 @@ def _after_answers(tokenizer: PreTrainedTokenizerBase, template: str) -> str | N
     return text.partition(PROBE)[2] if PROBE in text else None
 
 
-def _source(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
-    """The Jinja text, with the clock that some templates read stopped at DAY; None for what the tokenizer chooses."""
+def _source(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """The Jinja text, with the clock that some templates read stopped at DAY. Raises UserError where there is none."""
     text = template if _is_jinja(template) else tokenizer.chat_template
+    if isinstance(text, dict):  # of several by name, what transformers chooses
+        text = text.get("default")
     if not isinstance(text, str):
-        return None
+        raise UserError("data.template: chat, but the tokenizer has no one chat template; set data.template plain")
     return CLOCK.sub(lambda asked: repr(DAY.strftime(asked[2])), text)
 
 
 def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, template: str, origin: str, generate: bool) -> str:
-    """What transformers' sandbox makes of the turns: the tokenizer's own template for chat, else the one given."""
+    """What the sandbox makes of the turns, as transformers would: the tokenizer's own template for chat, else the one given."""
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    options = {"chat_template": _source(tokenizer, template), "tokenize": False, "add_generation_prompt": generate}
+    named = {"date_string": DATE, "add_generation_prompt": generate, "tools": None, "documents": None}
     try:
-        return tokenizer.apply_chat_template(messages, **options, date_string=DATE)
-    except Exception as error:  # a template is a program, and fails like one
+        if not messages:
+            raise TemplateFault("nobody says anything")
+        return SANDBOX.render(
+            _source(tokenizer, template), {**tokenizer.special_tokens_map, **named, "messages": messages}
+        )
+    except TemplateFault as error:
         roles = ", ".join(turn.role for turn in turns)
         raise UserError(
             f"{origin}: the chat template refuses turns {roles} ({error}); mend the row, or set data.template plain"
@@ -274,13 +290,30 @@ def encode_rows(
     wanted = adds_bos(tokenizer)
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
-        rendered = [render(row, tokenizer, template) for row in chunk]
-        if train_on == "last":
-            rendered = [replace(r, spans=r.spans[-1:]) for r in rendered]
+        rendered = _rendered(chunk, tokenizer, template, train_on)
         texts = list(dict.fromkeys(text for r in rendered for text in _pieces(r)))
         tokens = dict(zip(texts, _tokenize(texts, tokenizer), strict=True)) if texts else {}
         for row, r in zip(chunk, rendered, strict=True):
             yield _example(r, tokens, _bos(tokens[r.text], tokenizer, wanted), row.origin)
+
+
+def marked(
+    examples: Sequence[Example],
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    train_on: str = "all",
+) -> list[Example]:
+    """What `encode_rows` made of the rows, with marks; those rows are tokenised once more, with their characters' places."""
+    rendered = _rendered(rows, tokenizer, template, train_on)
+    sizes = [len(example.tokens) for example in examples]
+    found = marks([r.text for r in rendered], [r.spans for r in rendered], sizes, tokenizer)
+    return [replace(example, marks=of_row) for example, of_row in zip(examples, found, strict=True)]
+
+
+def _rendered(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: str, train_on: str) -> list[Rendered]:
+    rendered = [render(row, tokenizer, template) for row in rows]
+    return [replace(r, spans=r.spans[-1:]) for r in rendered] if train_on == "last" else rendered
 
 
 def _pieces(rendered: Rendered) -> Iterator[str]:
@@ -344,7 +377,8 @@ def fit(
         long, mask = lengths[-1] > max_length, example.loss_mask[:max_length]
         if mask.any() and not (long and on_long_row == "drop"):
             cut += long
-            kept.append(replace(example, tokens=example.tokens[:max_length], loss_mask=mask))
+            of_row = example.marks and example.marks.first(max_length)
+            kept.append(replace(example, tokens=example.tokens[:max_length], loss_mask=mask, marks=of_row))
     if not lengths:
         raise UserError("data: no rows to encode")
     if not kept:

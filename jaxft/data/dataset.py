@@ -11,7 +11,7 @@ import numpy as np
 from jaxft.config import Config, Data
 from jaxft.data import cache, chat, rows
 from jaxft.data.chat import Counts, Example
-from jaxft.data.loader import LENGTH_MULTIPLE, Loader
+from jaxft.data.loader import LENGTH_MULTIPLE, Loader, sample
 from jaxft.data.rows import Row
 
 if TYPE_CHECKING:
@@ -27,14 +27,24 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Rows that every evaluation measures; `rows` are those of the loader's examples, in their order."""
+
+    loader: Loader
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Batches to train and validate on, rows to measure tasks on, and facts (JSON-ready) and notes (lines) about them.
 
-    `parts` are train and, where there is one, validation; `max_length` is the most tokens that a row keeps.
+    `measured` are validation and, where eval.probe_rows asks for it, probe, a fixed sample of the training rows; neither is
+    there where nothing is held out. `parts` are train and, where there is one, validation; `max_length` is the most tokens
+    that a row keeps.
     """
 
     train: Loader
-    validation: Loader | None
+    measured: dict[str, Measured]
     held_out: list[Row]
     task_rows: list[Row]
     template: str
@@ -42,6 +52,11 @@ class Dataset:
     notes: list[str]
     parts: dict[str, Part]
     max_length: int
+
+    @property
+    def validation(self) -> Loader | None:
+        """Batches of the rows held out, where there are any."""
+        return self.measured["validation"].loader if "validation" in self.measured else None
 
 
 def build(
@@ -55,19 +70,28 @@ def build(
 
     parts: dict[str, Part] = {}
 
-    def examples(part: str, found: list[Row]) -> list[Example]:
-        whole = cache.encoded(found, tokenizer, template, data.train_on, folder)
+    def examples(found: list[Row], part: str | None = None, marked: bool = True) -> list[Example]:
+        whole = cache.encoded(found, tokenizer, template, data.train_on, folder, marked=marked)
         kept, counts = chat.fit(whole, longest, data.on_long_row, tokenizer=tokenizer, vocab_size=vocab_size)
-        parts[part] = Part(counts, np.array([len(example.tokens) for example in whole], np.int64))
+        if part is not None:
+            parts[part] = Part(counts, np.array([len(example.tokens) for example in whole], np.int64))
         return kept
 
-    train = examples("train", splits.train)
-    held = examples("validation", splits.validation) if splits.validation else []
+    train = examples(splits.train, "train", marked=False)
+    held = examples(splits.validation, "validation") if splits.validation else []
     length = _length(data, longest, train + held)
     loader = Loader(
         train, batch_size=config.optim.batch_size, length=length, packing=data.packing, shuffle=data.shuffle, seed=seed
     )
-    validation = Loader(held, batch_size=micro, length=length, packing=data.packing, shuffle=False) if held else None
+    measured: dict[str, Measured] = {}
+    options = {"batch_size": micro, "length": length, "packing": data.packing, "shuffle": False}
+    if held:
+        measured["validation"] = Measured(Loader(held, **options), _rows_of(held, splits.validation))
+    if drawn := sample(min(config.eval.probe_rows, len(held), len(train)), len(train), seed):
+        seen = _rows_of([train[i] for i in drawn], splits.train)
+        # Batches of the shapes that validation has, so that nothing is compiled for them.
+        options["lengths_padded"] = measured["validation"].loader.lengths_padded
+        measured["probe"] = Measured(Loader(examples(seen), **options), seen)
     notes = [*splits.notes, f"template: {chat.template_name(template)}"]
     if longest < data.max_length:
         notes.append(f"max_length: {data.max_length} → {longest}, where the model's positions end")
@@ -76,7 +100,13 @@ def build(
             notes.append(_shortened(part, became.counts, longest, data.on_long_row))
     facts = _facts(splits, chat.template_name(template), parts["train"].counts, loader, len(held))
     held_out, task_rows = splits.validation or splits.train, splits.test or splits.validation
-    return Dataset(loader, validation, held_out, task_rows, template, facts, notes, parts, longest)
+    return Dataset(loader, measured, held_out, task_rows, template, facts, notes, parts, longest)
+
+
+def _rows_of(examples: list[Example], rows: list[Row]) -> list[Row]:
+    """The rows that the examples came from; both are in the same order, and no two rows have one origin."""
+    by_origin = {row.origin: row for row in rows}
+    return [by_origin[example.origin] for example in examples]
 
 
 def _shortened(part: str, count: Counts, longest: int, on_long_row: str) -> str:

@@ -25,6 +25,7 @@ T = TypeVar("T")
 LENGTHS, LENGTH_MULTIPLE = 4, 64
 # Bins are planned over so many rows of an epoch's order: enough to fill them, few enough that each epoch mixes anew.
 WINDOW = 4096
+_NO_EPOCH = 1 << 62  # a stream of random bits that no epoch reaches
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class Loader:
         packing: bool = True,
         shuffle: bool = True,
         seed: int = 0,
+        lengths_padded: Sequence[int] | None = None,
     ) -> None:
+        """`lengths_padded` are those of another loader, to have no shapes besides; they are added to where a row is longer."""
         self.examples, self.batch_size, self.length = list(examples), batch_size, length
         self.packing, self.shuffle, self.seed = packing, shuffle, seed
         self.lengths = np.array([len(example.tokens) - 1 for example in self.examples], np.int64)
@@ -69,7 +72,13 @@ class Loader:
                 f"{self.examples[index].origin}: row of {self.lengths[index] + 1} tokens; sequences of {length} "
                 f"positions take rows of 2 to {length + 1}"
             )
-        self.lengths_padded = [length] if packing else _padded_lengths(self.lengths, length)
+        if packing:
+            lengths_padded = [length]
+        elif lengths_padded is None:
+            lengths_padded = _padded_lengths(self.lengths, length)
+        elif self.lengths.max() > max(lengths_padded):
+            lengths_padded = [*lengths_padded, length]
+        self.lengths_padded = list(lengths_padded)
         self._steps: dict[int, int] = {}
         self._planned: tuple[int, list[np.ndarray]] | None = None
 
@@ -150,6 +159,19 @@ class Loader:
         bins = self._plan(np.arange(len(self.examples)))
         for step in range(math.ceil(len(bins) / self.batch_size)):
             yield self._batch(bins, step, rows)
+
+    def evaluation_places(self) -> Iterator[np.ndarray]:
+        """For each of `evaluation_batches`, where its positions are among those of all examples one after the other, int64
+        `[B,S]`; -1 in padding. Known to every host, whichever rows it fills."""
+        firsts = np.cumsum(self.lengths) - self.lengths
+        bins = self._plan(np.arange(len(self.examples)))
+        for start in range(0, len(bins), self.batch_size):
+            chosen = bins[start : start + self.batch_size]
+            places = np.full((self.batch_size, self._width(chosen)), -1, np.int64)
+            for row, members in zip(places, chosen):
+                taken = np.concatenate([firsts[i] + np.arange(self.lengths[i]) for i in members])
+                row[: len(taken)] = taken
+            yield places
 
     def _bins(self, epoch: int) -> list[np.ndarray]:
         """Row indices of each sequence of that epoch, in order; the last epoch asked for is kept."""
@@ -241,6 +263,11 @@ class Prefetch(Generic[T]):
             with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.01)
         self._thread.join()
+
+
+def sample(count: int, rows: int, seed: int) -> list[int]:
+    """`count` of the indices 0 to rows-1, rising, drawn by `seed` apart from the order of any epoch."""
+    return sorted(_permutation(rows, seed, _NO_EPOCH, 0)[:count].tolist())
 
 
 def _padded_lengths(lengths: np.ndarray, longest: int) -> list[int]:

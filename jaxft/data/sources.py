@@ -13,6 +13,9 @@ from typing import Any
 from jaxft.errors import UserError
 
 MAX_ROW_BYTES = 10 * 2**20
+MAX_ARRAY_BYTES = 2**30  # of a file that is read whole: JSON arrays and CSV
+MAX_EXPANSION, SMALL_BYTES = 100, 2**26  # Parquet's compression, in files whose content is larger than small
+PARQUET_ROWS = 16  # read at a time: a dictionary of one long text makes many long rows
 
 Records = Iterator[tuple[str, Any]]
 """Pairs of an origin (`file:line`, lines from 1) and the parsed record, or the BadRow found in its place."""
@@ -54,16 +57,20 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
     with path.open("rb") as handle:
-        for number, line in enumerate(handle, 1):
+        while line := handle.readline(MAX_ROW_BYTES + 1):
+            number, size = number + 1, len(line)
+            while size > MAX_ROW_BYTES and not line.endswith(b"\n") and (line := handle.readline(2**16)):
+                size += len(line)  # never the whole of a line that is too long
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if line.strip():
+            if size > MAX_ROW_BYTES:
+                yield number, BadRow(_too_long(size))
+            elif line.strip():
                 yield number, _parse(line)
 
 
 def _parse(line: bytes) -> Any:
-    if len(line) > MAX_ROW_BYTES:
-        return BadRow(_too_long(len(line)))
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -101,6 +108,8 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _text_of(path: Path) -> str:
+    if path.stat().st_size > MAX_ARRAY_BYTES:
+        raise UserError(f"{path}: more than {MAX_ARRAY_BYTES >> 20:,} MB; write one JSON object per line (.jsonl)")
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -139,12 +148,24 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for record in batch.to_pylist():
+            _check_expansion(path, file.metadata)
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+                rows = batch.to_pylist() if batch.nbytes <= MAX_ROW_BYTES * PARQUET_ROWS else [None] * batch.num_rows
+                for record in rows:
                     number += 1
-                    yield number, record
+                    yield number, BadRow(_too_long(batch.nbytes // batch.num_rows)) if record is None else record
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not Parquet that can be read ({error})") from error
+
+
+def _check_expansion(path: Path, metadata: Any) -> None:
+    """Raises UserError for a file that says of itself that it holds far more than it has bytes."""
+    size = path.stat().st_size
+    content = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    if content > SMALL_BYTES and content > MAX_EXPANSION * size:
+        raise UserError(
+            f"{path}: {size:,} bytes that unpack to {content:,}; at most {MAX_EXPANSION} times as many are read"
+        )
 
 
 def read_name(name: str, subset: str | None, split: str) -> Records:

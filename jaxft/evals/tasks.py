@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxft.analysis.gsm8k import answers
+from jaxft.analysis.gsm8k.answers import Scored
 from jaxft.data import chat
 from jaxft.data.rows import Row
 from jaxft.errors import UserError
@@ -15,6 +16,16 @@ from jaxft.evals.decode import Generator, continuation, eos_ids
 from jaxft.models.decoder import Decoder
 
 SHOWN = 3  # problems kept in the results, for the report
+
+
+def samples(rows: Sequence[Row], answerer: Answerer, trainable: dict[str, jax.Array], limit: int) -> tuple[str, float]:
+    """Answers of at most `limit` tokens as text to read, each with where it ended, and the share that ended by themselves."""
+    shown, stopped = [], 0
+    for row, (text, tokens, cut) in zip(rows, answerer.told(rows, trainable, limit)):
+        ended = f"cut at {tokens} tokens" if cut else f"stopped after {tokens} tokens"
+        shown.append(f"{question(row)}\n→ {text.strip()}\n[{ended}]")
+        stopped += not cut
+    return "\n\n".join(shown), stopped / max(1, len(rows))
 
 
 class Answerer:
@@ -35,11 +46,17 @@ class Answerer:
         self, rows: Sequence[Row], trainable: dict[str, jax.Array], limit: int | None = None
     ) -> list[tuple[str, bool]]:
         """Each answer, and whether it was cut at the limit."""
+        return [(text, cut) for text, _, cut in self.told(rows, trainable, limit)]
+
+    def told(
+        self, rows: Sequence[Row], trainable: dict[str, jax.Array], limit: int | None = None
+    ) -> list[tuple[str, int, bool]]:
+        """Each answer, of how many tokens it is, and whether it was cut at the limit."""
         prompts = [fitted(chat.prompt_tokens(row, self.tokenizer, self.template), self.room) for row in rows]
         most = min(self.new, limit or self.new)
         new = self.generator(prompts, max_new_tokens=most, trainable=trainable)
         texts = [continuation(self.tokenizer, prompt, tokens) for prompt, tokens in zip(prompts, new)]
-        return [(text, len(tokens) == most) for text, tokens in zip(texts, new)]
+        return [(text, len(tokens), len(tokens) == most) for text, tokens in zip(texts, new)]
 
 
 def fitted(prompt: list[int], room: int) -> list[int]:
@@ -52,13 +69,12 @@ def question(row: Row) -> str:
     return next((turn.content for turn in reversed(row.turns) if turn.role == "user"), "") or (row.prompt or "")
 
 
-def final_answer(rows: Sequence[Row], answerer: Answerer, trainable: dict[str, jax.Array]) -> dict[str, Any]:
+def final_answer(rows: Sequence[Row], answerer: Answerer, trainable: dict[str, jax.Array]) -> list[Scored]:
     """GSM8K's form: the number after `####`, compared with the reference's as text."""
     references = [row.turns[-1].content for row in rows]
     said = answerer.answered(rows, trainable)
     texts, cut = [text for text, _ in said], [was_cut for _, was_cut in said]
-    scored = answers.score([question(row) for row in rows], references, texts, cut)
-    return answers.summary(scored, SHOWN)
+    return answers.score([question(row) for row in rows], references, texts, cut)
 
 
 def check_final_answer(rows: Sequence[Row]) -> None:
@@ -75,8 +91,16 @@ def check_final_answer(rows: Sequence[Row]) -> None:
         )
 
 
-Task = Callable[[Sequence[Row], Answerer, dict[str, jax.Array]], dict[str, Any]]
+Task = Callable[[Sequence[Row], Answerer, dict[str, jax.Array]], list[Scored]]
 TASKS: dict[str, tuple[Task, Callable[[Sequence[Row]], None]]] = {"final_answer": (final_answer, check_final_answer)}
+
+
+def measure(
+    task: str, rows: Sequence[Row], answerer: Answerer, trainable: dict[str, jax.Array]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A task's scores with their intervals, and every problem; both JSON-ready."""
+    scored = TASKS[task][0](rows, answerer, trainable)
+    return answers.summary(scored, SHOWN), answers.problems(scored)
 
 
 def check(tasks: Sequence[str], rows: Sequence[Row]) -> None:

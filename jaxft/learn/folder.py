@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxft import config
-from jaxft.errors import UserError
+from jaxft import config, disk
+from jaxft.errors import UserError, disk_full, redacted
 from jaxft.learn.mirror import Mirror, is_remote, remote_path
 from jaxft.parallel.processes import ALONE, Processes
 
@@ -17,6 +18,7 @@ from jaxft.parallel.processes import ALONE, Processes
 FREE = (
     "data.cache", "run.dir", "run.log_every", "run.keep", "run.usd_per_chip_hour", "run.profile",
     "run.compilation_cache", "eval.tasks", "eval.limit", "eval.samples",
+    "eval.probe_rows", "run.wandb",
 )  # fmt: skip
 FREE_SECTIONS = ("mesh",)
 SHARED_SECONDS = 60.0  # until a network file system shows one host what another has written
@@ -33,7 +35,7 @@ class RunFolder:
         if is_remote(name) and processes.first:
             self._mirror = Mirror(self.place)
             self.path = self._mirror.local
-        self.settings = config.to_dict(settings)
+        self.settings = json.loads(redacted(json.dumps(config.to_dict(settings))))  # no secret is ever written
         self.results = processes.from_first(self._results_before)
 
     def _results_before(self) -> dict[str, Any]:
@@ -44,7 +46,9 @@ class RunFolder:
             if commit and self.settings["model"]["revision"] == commit:  # what the run began on, now by its own name
                 before = before | {"model": {**before.get("model", {}), "revision": commit}}
             _same_run(self.place, before, self.settings)
-        elif self.place.exists() and (not self.place.is_dir() or any(self.place.iterdir())):
+        elif self.place.exists() and (
+            not self.place.is_dir() or any(p.name != disk.LOCK for p in self.place.iterdir())
+        ):
             raise UserError(f"run.dir: {self.place} exists and holds no run; give a new or empty folder")
         return results
 
@@ -52,6 +56,24 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether a run has ended here; its results are then complete."""
         return self.results.get("state") == "finished"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other runs out of the folder for as long as this one goes on; raises UserError where one is in it.
+
+        Process 0 does it for all of a run. What writers that were killed have left under temporary names goes.
+        """
+        with contextlib.ExitStack() as stack:
+            if is_remote(str(self.place)):
+                print(f"{self.place}: object storage has no locks; see that no other run writes here", flush=True)
+            else:
+                if self.processes.first:
+                    warning = stack.enter_context(disk.only_writer(self.place, f"run.dir: {self.place}"))
+                    if warning:
+                        print(warning, flush=True)
+                    disk.sweep(self.place)
+                self.results = self.processes.from_first(self._results_before)  # another run may have ended meanwhile
+            yield
 
     def start(self, facts: dict[str, Any]) -> None:
         """Creates the folder and writes config.json and the first results.json; UserError where another data set was used."""
@@ -67,6 +89,8 @@ class RunFolder:
                 _write(self.path / "config.json", self.settings)
             self.update(facts | {"tasks": self.results.get("tasks", {}), "state": "running"})
         except OSError as error:
+            if disk_full(error):
+                raise
             raise UserError(f"run.dir: {self.place} cannot be written: {error.strerror or error}") from error
         written = self.processes.from_first(lambda: self.results)
         if not self.processes.first:
@@ -128,6 +152,4 @@ def _read(file: Any) -> dict[str, Any]:
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, file)
+    disk.write_text(file, json.dumps(value, indent=2) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,22 @@ import optax
 from jax.sharding import Mesh
 
 from jaxft.config import Config
-from jaxft.data.loader import Batch, Loader, Prefetch
+from jaxft.data.loader import Loader, Prefetch
 from jaxft.errors import UserError
+from jaxft.learn.evaluator import Evaluator
+from jaxft.learn.examples import Examples
 from jaxft.learn.loss import Tally
-from jaxft.learn.metrics import Metrics, Progress, memory, speed
-from jaxft.learn.step import TrainState
+from jaxft.learn.metrics import Metrics, memory, speed
+from jaxft.learn.progress import Progress
+from jaxft.learn.step import TrainState, place_batch
 from jaxft.learn.trace import Trace
 from jaxft.parallel.processes import ALONE, Processes
-from jaxft.parallel.sharding import local_rows, place
+from jaxft.parallel.sharding import local_rows
 from jaxft.parallel.watchdog import Watchdog
 from jaxft.weights.checkpoint import Checkpoints
 
-# (trainable parameters) -> text to show; `train` hands one in that generates answers to held-out rows.
-Sampler = Callable[[dict[str, jax.Array]], str]
+# (step, trainable parameters) -> figures for the line of an evaluation; `train` hands them in, and what they show they show.
+Observer = Callable[[int, dict[str, jax.Array]], Mapping[str, float]]
 # Steps handed to the devices before the last one is waited for: they never idle, and a hang is seen where it is.
 AHEAD = 2
 
@@ -47,18 +50,18 @@ class Stand:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a loop runs on; `validation` is None where nothing is held out."""
+    """What a loop runs on; `evaluator` is None where nothing is held out."""
 
     mesh: Mesh
     schedule: optax.Schedule
     train: Loader
-    validation: Loader | None
+    evaluator: Evaluator | None
     train_step: Callable[..., Any]
-    eval_step: Callable[..., Tally]
     frozen: dict[str, jax.Array]
     checkpoints: Checkpoints
     metrics: Metrics
-    sampler: Sampler | None = None
+    examples: Examples | None = None  # keeps what evaluations find of single rows
+    observers: Sequence[Observer] = ()  # called at every evaluation
     flops_per_token: float | None = None  # of the layers' linear modules, for mfu
     compiled: Mapping[tuple[int, ...], Any] = field(default_factory=dict)  # training steps, by the shape of the tokens
     processes: Processes = ALONE
@@ -149,6 +152,7 @@ class Loop:
             self._doing("tracing")  # writing a trace takes as long as it takes
         elif self.parts.watchdog is not None:
             self.parts.watchdog.stepping(self.step + 1)
+        self.parts.checkpoints.check()  # a disk that is full is told at once, not at the next save
         batch, tokens = self._batches.next()
         step = self._compiled(batch)
         self._since += self._trace.begin(self.step + 1, self._pending[-1:])  # tracing is not training
@@ -202,23 +206,22 @@ class Loop:
 
     def _evaluate_and_save(self) -> None:
         self._collect()
-        if self.parts.validation is None:
+        if self.parts.evaluator is None:
             self.stand.best_step = self.step
         else:
             self._doing("evaluating")
-            self._evaluate(self.parts.validation)
+            self._evaluate(self.parts.evaluator)
         self._doing("saving")
         self.parts.sent()
         self.stand.wall_seconds = self.wall_seconds()
         self.parts.checkpoints.save(self.step, self.state, dataclasses.asdict(self.stand), self.stand.best_step)
         self._since = time.monotonic()
 
-    def _evaluate(self, validation: Loader) -> None:
+    def _evaluate(self, evaluator: Evaluator) -> None:
         began = time.monotonic()
-        parts = self.parts
-        alive = (lambda: None) if parts.watchdog is None else parts.watchdog.alive
-        loss, accuracy = measure(parts.eval_step, self.state.trainable, parts.frozen, validation, parts.mesh, alive)
-        record = {"step": self.step, "epoch": self._epoch(), "eval_loss": loss, "eval_mean_token_accuracy": accuracy}
+        found = evaluator(self.state.trainable)
+        figures = evaluator.figures(found)
+        loss, record = figures["eval_loss"], {"step": self.step, "epoch": self._epoch(), **figures}
         if not math.isfinite(loss):
             raise UserError(
                 f"eval_loss is {loss} at step {self.step}; lower optim.learning_rate and start in a new run.dir"
@@ -229,13 +232,13 @@ class Loop:
             stand.best_loss, stand.best_step, stand.bad_evaluations = loss, self.step, 0
         else:
             stand.bad_evaluations += 1
-        self.parts.metrics.write(record | {"eval_seconds": time.monotonic() - began})
-        mark = "best" if better else f"best {stand.best_loss:.4f} at step {stand.best_step}"
-        self.progress.say(
-            f"step {self.step:>5}/{self.steps}  eval_loss {loss:.4f}  eval_accuracy {accuracy:.3f}  ({mark})"
-        )
-        if self.parts.sampler is not None:
-            self.parts.metrics.text("samples", self.parts.sampler(self.state.trainable), self.step)
+        if self.parts.examples is not None:
+            self.parts.examples.keep(self.step, found, stand.best_step)
+        record["eval_seconds"] = time.monotonic() - began
+        self.progress.evaluated(record, None if better else (stand.best_loss, stand.best_step))
+        for observe in self.parts.observers:
+            record |= observe(self.step, self.state.trainable)
+        self.parts.metrics.write(record)
 
     def _epoch(self) -> float:
         if self.step == 0:
@@ -248,30 +251,3 @@ class Loop:
         train, mesh = self.parts.train, self.parts.mesh
         batch = train.batch_at(step, local_rows(mesh, train.batch_size))
         return place_batch(batch, mesh), train.tokens_at(step)
-
-
-def place_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """The batch as global arrays, rows split over the mesh."""
-    return place(mesh, {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}, ("batch", None))
-
-
-def measure(
-    eval_step: Callable[..., Tally],
-    trainable: Any,
-    frozen: Any,
-    loader: Loader,
-    mesh: Mesh,
-    alive: Callable[[], None] = lambda: None,
-) -> tuple[float, float]:
-    """`(loss, token accuracy)` over all examples of `loader`: Σ nll / Σ tokens and Σ correct / Σ tokens.
-
-    `alive` is called for each batch that is done.
-    """
-    batches = loader.evaluation_batches(local_rows(mesh, loader.batch_size))
-    parts: list[Tally] = []
-    for batch in batches:
-        parts.append(eval_step(trainable, frozen, place_batch(batch, mesh)))
-        jax.block_until_ready(parts[-AHEAD - 1 : -AHEAD])
-        alive()
-    nll, correct, weight = (math.fsum(map(float, column)) for column in zip(*jax.device_get(parts)))
-    return nll / max(weight, 1.0), correct / max(weight, 1.0)

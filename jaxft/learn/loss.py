@@ -30,6 +30,20 @@ class Tally(NamedTuple):
         return Tally(*(a + b for a, b in zip(self, other)))
 
 
+class Scores(NamedTuple):
+    """Of each position's target, `[B,S]`: its negative log-likelihood in nats, float32; whether it was the most likely, bool.
+
+    Zero and False where a position is not supervised.
+    """
+
+    nll: jax.Array
+    correct: jax.Array
+
+    def plus(self, indices: jax.Array, chunk: Scores) -> Scores:
+        """With those of a chunk's tokens put at `indices` of the flat arrays."""
+        return Scores(*(x.at[indices].set(part, mode="drop") for x, part in zip(self, chunk)))
+
+
 class _Head(NamedTuple):
     """What is known of the output matrix when compiling."""
 
@@ -46,11 +60,17 @@ class _Head(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """A pass's result; the gradients are of the sum of nll, None where not asked for."""
+    """A training pass's result; the gradients are of the sum of nll, the head's None where it is not trained."""
 
     tally: Tally
-    hidden: jax.Array | None
+    hidden: jax.Array
     head: jax.Array | None
+
+    def plus(self, indices: jax.Array, chunk: _Sums) -> _Sums:
+        """With a chunk's added, its hidden gradients put at `indices`."""
+        placed = self.hidden.at[indices].set(chunk.hidden, mode="drop")
+        tally, head = jax.tree.map(jnp.add, (self.tally, self.head), (chunk.tally, chunk.head))
+        return _Sums(tally, placed, head)
 
 
 def tally(model: Decoder, h: jax.Array, targets: jax.Array, weights: jax.Array) -> Tally:
@@ -59,18 +79,28 @@ def tally(model: Decoder, h: jax.Array, targets: jax.Array, weights: jax.Array) 
     Tokens of weight 0 cost nothing. The gradient with respect to h, and to the head where it is trained, is formed while a
     chunk's logits are there, so no logits are kept or formed again. Of equal largest logits the first counts as predicted.
     """
+    return _tally(*_head(model), h, targets, weights)
+
+
+def scores(model: Decoder, h: jax.Array, targets: jax.Array, weights: jax.Array) -> Scores:
+    """Of every position with a weight above 0, as `tally` sums them up; forward only, and never with logits `[B,S,V]`."""
+    return _pass(*_head(model), h, targets, weights, gradients=False)
+
+
+def _head(model: Decoder) -> tuple[_Head, jax.Array]:
     split = vocabulary_split(model.arch.vocab_size, model.mesh)
     mesh = model.mesh if split else None
     variable = model.embed if model.head is None else model.head
     trained = isinstance(variable, Trainable)
     on_cpu = model.mesh is not None and model.mesh.devices.flat[0].platform == "cpu"
     head = _Head(model.arch.logit_cap, trained, split, mesh, swept=on_cpu and not trained and not split)
-    return _tally(head, variable[...], h, targets, weights)
+    return head, variable[...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tally(head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array) -> Tally:
-    return _pass(head, head_VD, h, targets, weights, gradients=False).tally
+    found = _pass(head, head_VD, h, targets, weights, gradients=False)
+    return _summed(found.nll, found.correct, weights)
 
 
 def _forward(head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
@@ -90,12 +120,13 @@ _tally.defvjp(_forward, _backward)
 
 def _pass(
     head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool
-) -> _Sums:
+) -> Any:
+    """_Sums with `gradients`, else Scores."""
     local = functools.partial(_local, head, gradients=gradients)
     if head.mesh is None:
         return local(head_VD, h, targets, weights)
     rows, table = PartitionSpec(ROWS), PartitionSpec(head.split)
-    out = _Sums(PartitionSpec(), rows if gradients else None, table if gradients and head.trained else None)
+    out: Any = _Sums(PartitionSpec(), rows, table if head.trained else None) if gradients else Scores(rows, rows)
     spread = jax.shard_map(
         local, mesh=head.mesh, in_specs=(table, rows, rows, rows), out_specs=out, check_vma=False
     )  # fmt: skip
@@ -104,7 +135,7 @@ def _pass(
 
 def _local(
     head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool
-) -> _Sums:
+) -> Any:
     """One device's share. Its rows are shared with the fsdp group where that holds other parts of the vocabulary."""
     (B, S, D), V = h.shape, head_VD.shape[0]
     ways = head.mesh.shape["fsdp"] if head.shared else 1
@@ -117,34 +148,29 @@ def _local(
         needed = jax.lax.pmax(needed, head.mesh.axis_names)
     flat = h.reshape(-1, D), targets.reshape(-1), weights.reshape(-1)
 
-    def compute(total: _Sums, indices: jax.Array) -> _Sums:
+    def compute(total: Any, indices: jax.Array) -> Any:
         # Indices beyond the end, which fill the last chunk, read zeros and write nothing.
         rows = [x.at[indices].get(mode="fill", fill_value=0) for x in flat]
-        sums = (_swept if head.swept else _chunk)(head, head_VD, *rows, gradients=gradients)
-        placed = None if sums.hidden is None else total.hidden.at[indices].set(sums.hidden, mode="drop")
-        added = jax.tree.map(jnp.add, (total.tally, total.head), (sums.tally, sums.head))
-        return _Sums(added[0], placed, added[1])
+        return total.plus(indices, (_swept if head.swept else _chunk)(head, head_VD, *rows, gradients=gradients))
 
-    def one(total: _Sums, step: tuple[jax.Array, jax.Array]) -> tuple[_Sums, None]:
+    def one(total: Any, step: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         first, indices = step
         return jax.lax.cond(first < needed, compute, lambda total, indices: total, total, indices), None
 
+    steps = jnp.arange(0, order.size, chunk, dtype=jnp.int32), order.reshape(-1, chunk)
+    if not gradients:
+        start = Scores(jnp.zeros((B * S,), jnp.float32), jnp.zeros((B * S,), jnp.bool_))
+        # What fills the last chunk up is not supervised, but computed.
+        nll, correct = jax.lax.scan(one, start, steps)[0]
+        return Scores(jnp.where(supervised, nll, 0.0).reshape(B, S), (correct & supervised).reshape(B, S))
     zero = jnp.zeros((), jnp.float32)
-    start = _Sums(
-        Tally(zero, zero, zero),
-        jnp.zeros((B * S, D), h.dtype) if gradients else None,
-        jnp.zeros((V, D), jnp.float32) if gradients and head.trained else None,
-    )
-    firsts = jnp.arange(0, order.size, chunk, dtype=jnp.int32)
-    sums, _ = jax.lax.scan(one, start, (firsts, order.reshape(-1, chunk)))
+    of_head = jnp.zeros((V, D), jnp.float32) if head.trained else None
+    sums, _ = jax.lax.scan(one, _Sums(Tally(zero, zero, zero), jnp.zeros((B * S, D), h.dtype), of_head), steps)
     if head.mesh is not None:
         apart = tuple(axis for axis in ROWS if axis not in head.shared)
         sums = sums._replace(**jax.tree.map(lambda x: jax.lax.psum(x, apart), {"tally": sums.tally, "head": sums.head}))
-    return _Sums(
-        sums.tally,
-        None if sums.hidden is None else sums.hidden.reshape(B, S, D),
-        None if sums.head is None else sums.head.astype(head_VD.dtype),
-    )
+    of_head = None if sums.head is None else sums.head.astype(head_VD.dtype)
+    return _Sums(sums.tally, sums.hidden.reshape(B, S, D), of_head)
 
 
 def _chunk_size(tokens: int, largest: int) -> int:
@@ -165,8 +191,9 @@ def _supervised_first(supervised: jax.Array, chunk: int) -> jax.Array:
 
 def _chunk(
     head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool
-) -> _Sums:
-    """Sums and gradients of `[T]` tokens with hidden `[T,D]`; logits `[T,V]` live here only, in float32."""
+) -> Any:
+    """_Sums or Scores of `[T]` tokens with hidden `[T,D]`; logits `[T,V]` live here only, in float32."""
+    T = h.shape[0]
     if head.shared:
         h, targets, weights = (jax.lax.all_gather(x, head.shared, axis=0, tiled=True) for x in (h, targets, weights))
     kernel = head_VD.astype(h.dtype)
@@ -182,11 +209,12 @@ def _chunk(
     total = _sum(head, jnp.sum(exp, axis=1))
     # The argmax without its index: nothing is larger than the target's logit, and nothing before it as large.
     beaten = (logits > chosen[:, None]) | ((logits == chosen[:, None]) & (columns[None, :] < targets[:, None]))
-    right = (_sum(head, jnp.sum(beaten.astype(jnp.float32), axis=1)) == 0).astype(jnp.float32)
+    right = _sum(head, jnp.sum(beaten.astype(jnp.float32), axis=1)) == 0
     nll = jnp.log(total) + top - chosen
-    sums = Tally(jnp.sum(nll * weights), jnp.sum(right * weights), jnp.sum(weights))
     if not gradients:
-        return _Sums(sums, None, None)
+        own = jax.lax.axis_index(head.shared) * T if head.shared else 0
+        return Scores(*(jax.lax.dynamic_slice_in_dim(x, own, T) for x in (nll, right)))
+    sums = _summed(nll, right, weights)
     of_logits = (exp / total[:, None] - is_target.astype(jnp.float32)) * weights[:, None]
     if bent is not None:
         of_logits = of_logits * (1 - jnp.square(bent))
@@ -202,7 +230,7 @@ def _chunk(
 
 def _swept(
     head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool
-) -> _Sums:
+) -> Any:
     """As `_chunk` for a frozen head that is not split, by parts of the vocabulary, as flash attention goes over its keys.
 
     The gradient is Σ_v exp(logit_v) head_v / Σ_v exp(logit_v) - head_target, so running sums, rescaled whenever a larger logit
@@ -254,12 +282,15 @@ def _swept(
     if V % columns:
         carry = part(carry, jnp.int32(whole * columns), head_VD[whole * columns :].astype(h.dtype))
     top, total, mixed, chosen, predicted, slope = carry
-    nll, right = jnp.log(total) + top - chosen, (predicted == targets).astype(jnp.float32)
-    sums = Tally(jnp.sum(nll * weights), jnp.sum(right * weights), jnp.sum(weights))
+    nll, right = jnp.log(total) + top - chosen, predicted == targets
     if not gradients:
-        return _Sums(sums, None, None)
+        return Scores(nll, right)
     of_h = weights[:, None] * (mixed / total[:, None] - slope[:, None] * head_VD[targets].astype(jnp.float32))
-    return _Sums(sums, of_h.astype(h.dtype), None)
+    return _Sums(_summed(nll, right, weights), of_h.astype(h.dtype), None)
+
+
+def _summed(nll: jax.Array, right: jax.Array, weights: jax.Array) -> Tally:
+    return Tally(jnp.sum(nll * weights), jnp.sum(right.astype(jnp.float32) * weights), jnp.sum(weights))
 
 
 def _first_row(head: _Head, rows: int) -> Any:

@@ -1,64 +1,104 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard, and a progress line."""
+"""What a run tells while it runs: metrics.jsonl and its writers; rates and memory."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from jaxft import chips
-from jaxft.errors import UserError
+from jaxft.config import Config, fingerprint
+from jaxft.errors import UserError, disk_full
+from jaxft.learn.folder import RunFolder
+from jaxft.learn.writers import Board, Tracker, Writer, flat
+
+# Of TensorBoard's table of runs.
+FINAL_LOSS, FINAL_TASK = "final/best_eval_loss", "final/{}_exact_match"
 
 
 class Metrics:
-    """Writes each record to `metrics.jsonl` and its numbers to `tensorboard/` under TRL's names.
+    """Writes each record to `metrics.jsonl` and tells it to the writers, such as TensorBoard's.
 
     Opened at step `resumed`, it first drops what a run that was stopped had logged beyond that step, so that a resumed
-    run's log equals an uninterrupted one's. Of several processes one `writes`.
+    run's log equals an uninterrupted one's. Of several processes one `writes`, and has writers.
     """
 
     def __init__(self, folder: Path, resumed: int | None = None, writes: bool = True):
-        from tensorboardX import SummaryWriter
-
-        self._writes = writes
-        if not writes:
+        self.writers: list[Writer] = []
+        self._file = folder / "metrics.jsonl" if writes else None
+        if self._file is None:
             return
-
-        self._file = folder / "metrics.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             kept = [] if resumed is None else [r for r in read(folder) if r["step"] <= resumed]
             self._file.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            purge = {} if resumed is None else {"purge_step": resumed + 1}
-            self._board = SummaryWriter(str(folder / "tensorboard"), **purge)
         except OSError as error:
+            if disk_full(error):
+                raise
             raise UserError(f"run.dir: {folder} cannot be written: {error.strerror or error}") from error
 
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(error is not None)
+
     def write(self, record: dict[str, Any]) -> None:
-        """One line of `metrics.jsonl`, flushed, and one TensorBoard scalar per number; `step` is the x axis."""
-        if not self._writes:
+        """One line of `metrics.jsonl`, flushed; `step` is the x axis."""
+        if self._file is None:
             return
         with self._file.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                group = "eval" if name.startswith("eval_") else "train"
-                self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, record["step"])
+        for writer in self.writers:
+            writer.write(record)
 
     def text(self, name: str, text: str, step: int) -> None:
-        """A text panel, as an indented code block, so that nothing in it is read as Markdown or HTML."""
-        if self._writes:
-            self._board.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
+        """A text, as it is."""
+        for writer in self.writers:
+            writer.text(name, text, step)
 
-    def close(self) -> None:
-        """Flushes TensorBoard's file."""
-        if self._writes:
-            self._board.close()
+    def histogram(self, name: str, values: np.ndarray, step: int) -> None:
+        """How `values` are spread."""
+        for writer in self.writers:
+            writer.histogram(name, values, step)
+
+    def scores(self, scores: Mapping[str, float], step: int) -> None:
+        """Figures of the whole run, at its end."""
+        for writer in self.writers:
+            writer.scores(scores, step)
+
+    def close(self, failed: bool = False) -> None:
+        """Has the writers write what is left; again it does nothing."""
+        while self.writers:
+            self.writers.pop().close(failed)
+
+
+def opened(folder: RunFolder, settings: Config, resumed: int | None) -> Metrics:
+    """A run's log with its writers: TensorBoard, and Weights & Biases where run.wandb asks for it. Raises UserError."""
+    metrics = Metrics(folder.path, resumed, writes=folder.processes.first)
+    if not folder.processes.first:
+        return metrics
+    said, project = flat(folder.settings), settings.run.wandb
+    scores = [FINAL_LOSS, *map(FINAL_TASK.format, settings.eval.tasks)]
+    metrics.writers.append(Board(folder.path / "tensorboard", resumed, said, scores))
+    if project is not None:
+        identity = fingerprint(
+            folder.settings, folder.results["started"]
+        )  # the same one again for a run that is resumed
+        metrics.writers.append(Tracker(project, folder.path, folder.place.name, identity, resumed, said))
+    return metrics
+
+
+def final_scores(folder: RunFolder, best_loss: float | None) -> dict[str, float]:
+    """Figures of the whole run, under the names that `opened` told the writers."""
+    tuned = {task: sides["tuned"] for task, sides in folder.results["tasks"].items() if "tuned" in sides}
+    found = {FINAL_TASK.format(task): scores["exact_match"] for task, scores in tuned.items()}
+    return found if best_loss is None else {FINAL_LOSS: best_loss} | found
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -71,6 +111,11 @@ def read(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def evaluation(folder: Path, step: int) -> dict[str, Any] | None:
+    """The line of the evaluation at `step`; None where there was none."""
+    return next((record for record in read(folder) if record["step"] == step and "eval_loss" in record), None)
 
 
 def speed(
@@ -114,80 +159,3 @@ def _peak_resident_bytes() -> int | None:
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class Progress:
-    """A bar with loss, accuracy, tokens/s, mfu and time left in a terminal; a plain line per logged step elsewhere."""
-
-    def __init__(self, total_steps: int, done: int = 0):
-        self._total, self._done, self._started = total_steps, done, time.monotonic()
-        self._first, self._bar = done, None
-        if sys.stdout.isatty():
-            self._bar = _rich_bar(total_steps, done)
-
-    def __enter__(self) -> Progress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def begin(self) -> None:
-        """Starts the clock of the time left; what came before (a first evaluation, compiling) does not repeat."""
-        self._started = time.monotonic()
-        if self._bar:
-            self._bar.reset(self._bar.task_ids[0], completed=self._first)
-
-    def advance(self, step: int) -> None:
-        """`step` updates are done."""
-        self._done = step
-        if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=step)
-
-    def show(self, record: dict[str, Any]) -> None:
-        """The figures of a logged step: beside the bar, or as a line."""
-        columns = NARROW if self._bar else COLUMNS
-        figures = "  ".join(f"{name} {record[key]:{form}}" for name, key, form in columns if key in record)
-        if self._bar:
-            self._bar.update(self._bar.task_ids[0], figures=figures)
-        else:
-            print(f"step {record['step']:>5}/{self._total}  {figures}  left {clock(self._left())}", flush=True)
-
-    def say(self, line: str) -> None:
-        """A line that stays, above the bar."""
-        if self._bar:
-            self._bar.console.print(line, markup=False, highlight=False)
-        else:
-            print(line, flush=True)
-
-    def _left(self) -> float:
-        each = (time.monotonic() - self._started) / max(1, self._done - self._first)
-        return each * (self._total - self._done)
-
-
-COLUMNS = (
-    ("loss", "loss", ".4f"), ("accuracy", "mean_token_accuracy", ".3f"), ("lr", "learning_rate", ".2e"),
-    ("grad", "grad_norm", ".2f"), ("tokens/s", "tokens_per_second", ",.0f"), ("mfu", "mfu", ".1%"),
-)  # fmt: skip
-NARROW = (  # beside a bar in 80 columns
-    ("loss", "loss", ".4f"), ("acc", "mean_token_accuracy", ".3f"), ("tok/s", "tokens_per_second", ",.0f"),
-    ("mfu", "mfu", ".0%"),
-)  # fmt: skip
-
-
-def _rich_bar(total: int, done: int) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = [BarColumn(8), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn()]
-    bar = Progress(*columns)
-    bar.add_task("train", total=total, completed=done, figures="")
-    return bar
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

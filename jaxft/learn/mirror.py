@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxft.errors import UserError
 
-READ = ("config.json", "results.json", "metrics.jsonl")  # by a start that resumes
+READ = ("config.json", "results.json", "metrics.jsonl", "examples")  # by a start that resumes; a folder with its files
 
 
 def is_remote(name: str) -> bool:
@@ -46,9 +46,12 @@ class Mirror:
         self.local = Path(self._temporary.name)
         self._sent: dict[Path, tuple[int, int]] = {}
         for name in READ:
-            if (remote / name).exists():
-                (self.local / name).write_bytes((remote / name).read_bytes())
-        self._sent = {file: _state(file) for file in self.local.iterdir()}
+            source = remote / name
+            for file in source.iterdir() if source.is_dir() else [source] if source.exists() else []:
+                target = self.local / file.relative_to(remote).as_posix()
+                target.parent.mkdir(exist_ok=True)
+                target.write_bytes(file.read_bytes())
+        self._sent = {file: _state(file) for file in self.local.rglob("*") if file.is_file()}
 
     def send(self) -> None:
         """Copies every file that has changed since the last time."""

@@ -13,9 +13,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxft.data import loader
-from jaxft.learn.loss import Tally, tally
+from jaxft.learn.loss import Scores, Tally, scores, tally
 from jaxft.models import decoder
-from jaxft.parallel.sharding import constrain, from_host, replicated, spec
+from jaxft.parallel.sharding import constrain, from_host, place, replicated, spec
 from jaxft.weights.model import Loaded
 
 Batch = dict[str, jax.Array]  # tokens, targets, positions, segments int32 and weights float32, each [B,S]
@@ -27,6 +27,11 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32 scalar: updates done
     trainable: dict[str, jax.Array]
     optimizer: Any
+
+
+def place_batch(batch: loader.Batch, mesh: Mesh) -> Batch:
+    """The batch as global arrays, rows split over the mesh."""
+    return place(mesh, {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}, ("batch", None))
 
 
 def abstract_inputs(
@@ -112,12 +117,12 @@ def _accumulate(
     return jax.lax.scan(one, start, (jax.tree.map(cut, batch), jnp.arange(parts, dtype=jnp.int32)))[0]
 
 
-def make_eval_step(loaded: Loaded, mesh: Mesh) -> Callable[[Any, Any, Batch], Tally]:
-    """`(trainable, frozen, batch) -> Tally`, without dropout."""
+def make_eval_step(loaded: Loaded, mesh: Mesh) -> Callable[[Any, Any, Batch], Scores]:
+    """`(trainable, frozen, batch) -> Scores` of each position, whole on every process; without dropout."""
 
-    def step(trainable: Any, frozen: Any, batch: Batch) -> Tally:
+    def step(trainable: Any, frozen: Any, batch: Batch) -> Scores:
         model = decoder.join(loaded.graphdef, trainable, frozen)
         h, _ = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
-        return tally(model, h, batch["targets"], batch["weights"])
+        return scores(model, h, batch["targets"], batch["weights"])
 
     return jax.jit(step, out_shardings=replicated(mesh))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from jaxft import config
-from jaxft.errors import EXIT_AGAIN, OutOfResources, UserError, exit_code, one_line
+from jaxft.errors import EXIT_AGAIN, OutOfResources, UserError, exit_code, one_line, ran_out
 from jaxft.parallel.meeting import Peer, Place, Told, find_place, meet, readable
 from jaxft.parallel.relay import Relay
 
@@ -242,7 +242,8 @@ def guarded(us: Processes) -> Iterator[None]:
     """Tells the others where this process ends by an error, and has it end then, whatever it was doing with them."""
     try:
         yield
-    except BaseException as error:
+    except BaseException as raised:
+        error = ran_out(raised) or raised
         if not isinstance(error, (UserError, OutOfResources, KeyboardInterrupt)):
             us.hear_out()
         code = exit_code(error)

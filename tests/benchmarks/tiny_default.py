@@ -29,12 +29,12 @@ def fresh(adapter: Path) -> float:
     import jaxft
     from jaxft.config import Data
     from jaxft.data import rows
-    from jaxft.evals.tasks import Answerer, final_answer
+    from jaxft.evals.tasks import Answerer, measure
 
     model, tokenizer = jaxft.load("builtin:tiny", adapter=str(adapter))
     problems = rows.load(Data(name="generated:word_problems", split="fresh", validation_fraction=0), 0).train
     answerer = Answerer(model, tokenizer, "plain", 128)
-    return final_answer(problems, answerer, answerer.generator.trainable)["exact_match"]
+    return measure("final_answer", problems, answerer, answerer.generator.trainable)[0]["exact_match"]
 
 
 def main() -> None:
