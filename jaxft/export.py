@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxft import command_line, config
+from jaxft import command_line, config, disk
 from jaxft.errors import UserError, run_verb
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def _merge(options: Options, out: Path, name: str, source: Source) -> None:
     dtype: Any = None if options.dtype == "auto" else _numpy_dtype(options.dtype)
     tensors = merged.merged(source.files, source.adapter, source.arch, dtype)
     settings = merged.config_for(source.folder, name, source.arch, source.plan, dtype)
-    merged.save(out, tensors, settings, source.folder, _tokenizer_folder(options, source))
+    with disk.new_folder(out, sum(t.nbytes for t in tensors)) as folder:
+        merged.save(folder, tensors, settings, source.folder, _tokenizer_folder(options, source))
     dtypes = ", ".join(sorted({np.dtype(t.dtype).name for t in tensors}))
     print(f"merged: {out} ({len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e9:.3g} GB, {dtypes})")
 
@@ -84,8 +85,9 @@ def _numpy_dtype(name: str) -> Any:
 def _write_adapter(options: Options, out: Path, name: str, source: Source) -> None:
     from jaxft.weights import merged, peft
 
-    peft.rewrite(out, source.adapter, source.arch, name, source.commit or options.revision)
-    merged.copy_files(_tokenizer_folder(options, source), out)
+    with disk.new_folder(out) as folder:
+        peft.rewrite(folder, source.adapter, source.arch, name, source.commit or options.revision)
+        merged.copy_files(_tokenizer_folder(options, source), folder)
     print(f"adapter: {out} ({peft.vllm_verdict(source.plan, source.arch)})")
 
 

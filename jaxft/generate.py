@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jaxft
 from jaxft import command_line
 from jaxft.config import Run
-from jaxft.errors import UserError, run_verb
+from jaxft.errors import UserError, run_verb, visible
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def main(argv: list[str]) -> None:
     asked = prompts if options.template == "none" else _rendered(tokenizer, prompts, options.template)
     new = options.max_new_tokens
     for answer in complete(model, tokenizer, asked, max_new_tokens=new, sampling=sampling, stop=options.stop):
-        print(answer if options.template == "none" else answer.strip())
+        answer = answer if options.template == "none" else answer.strip()
+        print(visible(answer, but="\n\t") if sys.stdout.isatty() else answer)  # a model's words cannot drive a terminal
 
 
 def _base(options: Options) -> str:

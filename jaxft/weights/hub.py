@@ -15,6 +15,8 @@ from jaxft.models.families import arch_from_config
 BUILTIN = {"builtin:tiny": Path(__file__).resolve().parent.parent / "tiny" / "base"}
 TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]
 WEIGHTS = [*TOKENIZER, "*.safetensors"]
+JSON_LIMIT_BYTES = 10 << 20  # a config has a few kB, the index of a thousand shards some MB
+MAX_LAYERS, MAX_SIZE = 1000, 2**31 - 1  # in a config.json
 COPIES = ["*/*", "consolidated*.safetensors"]  # the same weights again, in other layouts
 
 
@@ -30,6 +32,7 @@ def local_folder(name: str, revision: str | None = None, *, key: str = "model.na
         raise UserError(f"{key}: not set; give a local folder, a Hub id such as owner/model, or {', '.join(BUILTIN)}")
     folder = Path(name).expanduser()
     if folder.is_dir():
+        check_links(folder)
         return folder
     if name.startswith("builtin:"):
         raise UserError(f"{key}: {name!r} is not built in; built in: {', '.join(BUILTIN)}")
@@ -70,6 +73,21 @@ def download(
         raise UserError(f"{where} {_obstacle(error, name)}") from error
 
 
+def check_links(folder: Path) -> None:
+    """Raises UserError where one of the files that are read in `folder` lies elsewhere, or is no file: somebody else's folder
+    may have links into the reader's own. The Hub's cache is made of links, into its blobs."""
+    inside = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        inside.append(folder.resolve().parent.parent / "blobs")
+    for pattern in (*WEIGHTS, "*.h5", "assets/*"):
+        for file in folder.glob(pattern):
+            real = file.resolve()
+            if not any(real.is_relative_to(place) for place in inside):
+                raise UserError(f"{file}: is a link to {real}, outside its folder; copy the file here if you trust it")
+            if not real.is_file() and not real.is_dir():
+                raise UserError(f"{file}: is no file")
+
+
 def _quieten() -> None:
     """Nothing but the error's line: no retries, and no bars in a file or a pipe."""
     from huggingface_hub import constants, utils
@@ -107,12 +125,21 @@ def read_arch(folder: Path) -> Arch:
     config = read_json(file, "every model")
     if config.get("quantization_config") is not None:
         raise UserError(f"{file}: quantization_config: quantised checkpoints are not supported; use the original one")
+    for key, value in config.items():  # all layers are laid out before a weight is looked at
+        most = MAX_LAYERS if "layers" in key else MAX_SIZE
+        if isinstance(value, (int, float)) and not abs(value) <= most:
+            raise UserError(f"{file}: {key}: {value!r:.40} is out of range; at most {most:,}")
     return arch_from_config(config, str(file))
 
 
 def read_json(file: Path, what: str) -> Mapping[str, Any]:
     """The object in `file`. Raises UserError where it is missing, not JSON, or not an object."""
     try:
+        size = file.stat().st_size
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise UserError(f"{file}: is no file")
+        if size > JSON_LIMIT_BYTES:
+            raise UserError(f"{file}: {size:,} bytes; expected at most {JSON_LIMIT_BYTES:,}")
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{file}: missing; {what} needs it") from error

@@ -20,9 +20,10 @@ from jaxft.models.arch import Arch
 from jaxft.models.tensors import Tensor
 from jaxft.parallel.sharding import on_host
 from jaxft.weights import load, shards
-from jaxft.weights.hub import read_json
+from jaxft.weights.hub import check_links, read_json
 from jaxft.weights.shards import Slice, open_file, write_file
 
+MAX_NAMES, MAX_PATTERN = 1000, 500  # in a config; a pattern's characters
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -73,6 +74,12 @@ def open_adapter(folder: Path, arch: Arch) -> AdapterFiles:
     """
     if not folder.is_dir():
         raise UserError(f"adapter: no folder {folder} (looked at {folder.absolute()})")
+    check_links(folder)
+    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
+        raise UserError(
+            f"{folder}: has only pickle weights (adapter_model.bin), which can run code when read; load the adapter with PEFT "
+            "and save it again, which writes safetensors"
+        )
     config = _read_config(folder / CONFIG)
     found = {name.removeprefix(PREFIX): part for name, part in open_file(folder / WEIGHTS).items()}
     found = {name: part for name, part in found.items() if _plain(name) == name or _plain(name) not in found}
@@ -103,11 +110,24 @@ def _read_config(file: Path) -> Mapping[str, Any]:
     config = read_json(file, "a PEFT adapter")
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type {config.get('peft_type')!r} is not supported; supported: 'LORA'")
+    for key, kind in (("modules_to_save", list), ("rank_pattern", dict), ("alpha_pattern", dict)):
+        found = config.get(key) or kind()
+        if not isinstance(found, kind) or len(found) > MAX_NAMES or not all(_simple(name) for name in found):
+            raise UserError(
+                f"{file}: {key}: expected at most {MAX_NAMES} names or simple patterns (two repeats, none of a group)"
+            )
     faults = [key for key in UNSUPPORTED if config.get(key)]
     faults += ["init_lora_weights"] if config.get("init_lora_weights") not in PLAIN_INITS else []
     if faults:
         raise UserError(f"{file}: {', '.join(f'{key}={config[key]!r}' for key in faults)} is not supported")
     return config
+
+
+def _simple(pattern: Any) -> bool:
+    """Whether searching for it takes little time, whatever it is searched in: a folder from elsewhere names its own."""
+    if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN or sum(map(pattern.count, "*+?{")) > 2:
+        return False
+    return not re.search(r"\)[*+{]|\[\[|--|&&|~~|\|\|", pattern)  # the last five Python itself warns of
 
 
 def _plain(name: str) -> str:

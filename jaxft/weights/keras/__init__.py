@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxft.errors import UserError
+from jaxft.weights.hub import check_links, read_json
 from jaxft.weights.keras.find import find
 from jaxft.weights.keras.layout import PREFIX, read_layout
 from jaxft.weights.keras.tokenizer import read_tokenizer
@@ -36,10 +37,10 @@ def is_preset(name: str) -> bool:
     if name.startswith(PREFIX):
         return True
     try:
-        config = json.loads((Path(name).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(Path(name).expanduser() / "config.json", "every model")
+    except UserError:
         return False
-    return bool(name) and isinstance(config, dict) and "class_name" in config and "model_type" not in config
+    return bool(name) and "class_name" in config and "model_type" not in config
 
 
 def open_preset(name: str) -> Preset:
@@ -49,6 +50,7 @@ def open_preset(name: str) -> Preset:
     Raises UserError for what cannot be found, read, or expressed.
     """
     folder = find(name.removeprefix(PREFIX))
+    check_links(folder)
     layout = read_layout(folder / "config.json")
     files = claim(layout, stored(folder), str(folder))
     tokenizer = read_tokenizer(folder)
