@@ -272,7 +272,7 @@ VERBS = """
 import json, sys
 from jaxft import errors, export, train
 def interrupted(job, started, folder, *_):
-    folder.update({"best_loss": 0.0})
+    folder.update({"best_loss": 0.0, "best_step": 0})
     train._export(job, started.loaded, folder, started.state.trainable)  # as a run does at its end
     raise KeyboardInterrupt
 train._train = interrupted

@@ -67,13 +67,16 @@ def assert_equal(made, V, cap, seed=0):
     np.testing.assert_allclose(of_table, wanted_table, atol=3e-6 * float(jnp.abs(of_plain[1]).max()))
 
 
-MESHES = {"one device": None, "swept": {}, "fsdp=8": {"fsdp": 8}, "2·2·2": {"data": 2, "fsdp": 2, "tensor": 2}}
+MESHES = {
+    "one device": None, "swept": {}, "swept as on a chip": {}, "fsdp=8": {"fsdp": 8},
+    "2·2·2": {"data": 2, "fsdp": 2, "tensor": 2},
+}  # fmt: skip
 
 
 def mesh_of(name):
     if name == "one device":
         return None
-    return make_mesh(devices=jax.devices()[:1]) if name == "swept" else make_mesh(config.Mesh(**MESHES[name]))
+    return make_mesh(devices=jax.devices()[:1]) if name.startswith("swept") else make_mesh(config.Mesh(**MESHES[name]))
 
 
 @pytest.mark.parametrize("V", [96, 97], ids=["V=96", "V=97, which splits over nothing"])
@@ -83,8 +86,16 @@ def mesh_of(name):
 def test_sums_and_gradients_are_those_of_whole_logits(where, trained, cap, V, monkeypatch):
     if V == 97 and where == "2·2·2":
         V = 98  # by tensor=2 it must split; not by fsdp too
-    for name, value in (("CHUNK_ELEMENTS", 96 * 7), ("MIN_CHUNK", 1), ("SWEPT_CHUNK", 40), ("COLUMNS", 17)):
+    for name, value in (
+        ("CHUNK_ELEMENTS", 96 * 7),
+        ("MIN_CHUNK", 1),
+        ("SWEPT_CHUNK", 40),
+        ("COLUMNS", 17),
+        ("CPU_COLUMNS", 17),
+    ):
         monkeypatch.setattr(loss, name, value)
+    if where.endswith("chip"):
+        monkeypatch.setattr(loss, "_on_cpu", lambda mesh: False)
     assert_equal(model(V, cap, mesh_of(where), trained), V, cap)
 
 
@@ -92,7 +103,13 @@ def test_sums_and_gradients_are_those_of_whole_logits(where, trained, cap, V, mo
     ("where", "V"), [("one device", 96), ("swept", 97), ("fsdp=8", 96), ("fsdp=8", 97), ("2·2·2", 96), ("2·2·2", 98)]
 )
 def test_the_scores_of_positions_are_those_of_whole_logits(where, V, monkeypatch):
-    for name, value in (("CHUNK_ELEMENTS", 96 * 7), ("MIN_CHUNK", 1), ("SWEPT_CHUNK", 40), ("COLUMNS", 17)):
+    for name, value in (
+        ("CHUNK_ELEMENTS", 96 * 7),
+        ("MIN_CHUNK", 1),
+        ("SWEPT_CHUNK", 40),
+        ("COLUMNS", 17),
+        ("CPU_COLUMNS", 17),
+    ):
         monkeypatch.setattr(loss, name, value)
     made = model(V, 2.0, mesh_of(where))
     h, targets, weights = batch(V)
@@ -103,6 +120,12 @@ def test_the_scores_of_positions_are_those_of_whole_logits(where, V, monkeypatch
     np.testing.assert_allclose(scores.nll, jnp.where(weights > 0, nll, 0.0), atol=2e-6 * float(nll.max()))
     np.testing.assert_array_equal(scores.correct, (jnp.argmax(logits, axis=-1) == targets) & (weights > 0))
     assert 0 < np.asarray(scores.correct).sum() < (np.asarray(weights) > 0).sum()
+
+
+def test_parts_of_the_vocabulary_are_equal_where_they_can_be():
+    """And of whole lanes; the largest of the published vocabularies, and one that is a prime."""
+    found = [loss._columns(V, 16384) for V in (256000, 128256, 32000, 640, 32003)]
+    assert found == [16000, 16384, 16000, 640, 16384]
 
 
 @pytest.mark.parametrize("where", MESHES)

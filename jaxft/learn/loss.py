@@ -15,8 +15,9 @@ from jaxft.models.vocabulary import ROWS, vocabulary_split
 
 CHUNK_ELEMENTS = 1 << 25  # logits that a device holds at once: 128 MiB in float32
 MIN_CHUNK = 512  # tokens; with fewer, reading the head takes longer than computing with it
-# On a CPU: tokens, and the columns of their logits at once, so that these stay in its cache.
-SWEPT_CHUNK, COLUMNS = 1024, 2048
+# On one device: tokens, and the columns of their logits at once, so that these stay in a CPU's cache, and small elsewhere.
+SWEPT_CHUNK, COLUMNS, CPU_COLUMNS = 1024, 16384, 2048
+LANES = 128  # of a TPU; what is cut elsewhere is padded
 
 
 class Tally(NamedTuple):
@@ -51,7 +52,8 @@ class _Head(NamedTuple):
     trained: bool
     split: tuple[str, ...]  # mesh axes over which its rows lie
     mesh: Mesh | None
-    swept: bool  # over parts of the vocabulary instead of whole rows of logits
+    columns: int | None  # of logits at once, where the head lies on one device and is frozen; None: whole rows
+    gathers: bool  # single logits quickly, as a CPU does
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -92,9 +94,21 @@ def _head(model: Decoder) -> tuple[_Head, jax.Array]:
     mesh = model.mesh if split else None
     variable = model.embed if model.head is None else model.head
     trained = isinstance(variable, Trainable)
-    on_cpu = model.mesh is not None and model.mesh.devices.flat[0].platform == "cpu"
-    head = _Head(model.arch.logit_cap, trained, split, mesh, swept=on_cpu and not trained and not split)
-    return head, variable[...]
+    swept = model.mesh is not None and not trained and not split
+    on_cpu = swept and _on_cpu(model.mesh)
+    columns = _columns(model.arch.vocab_size, CPU_COLUMNS if on_cpu else COLUMNS) if swept else None
+    return _Head(model.arch.logit_cap, trained, split, mesh, columns, on_cpu), variable[...]
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _columns(vocab_size: int, most: int) -> int:
+    """At most `most`, and so that all parts are equal where at most twice as many of them can be."""
+    fewest = -(-vocab_size // most)
+    equal = (n for n in range(fewest, 2 * fewest) if vocab_size % (n * LANES) == 0)
+    return next((vocab_size // n for n in equal), min(most, vocab_size))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -139,7 +153,7 @@ def _local(
     """One device's share. Its rows are shared with the fsdp group where that holds other parts of the vocabulary."""
     (B, S, D), V = h.shape, head_VD.shape[0]
     ways = head.mesh.shape["fsdp"] if head.shared else 1
-    largest = SWEPT_CHUNK if head.swept else max(1, MIN_CHUNK // ways, CHUNK_ELEMENTS // (V * ways))
+    largest = SWEPT_CHUNK if head.columns else max(1, MIN_CHUNK // ways, CHUNK_ELEMENTS // (V * ways))
     chunk = _chunk_size(B * S, largest)
     supervised = weights.reshape(-1) > 0
     order = _supervised_first(supervised, chunk)
@@ -151,7 +165,7 @@ def _local(
     def compute(total: Any, indices: jax.Array) -> Any:
         # Indices beyond the end, which fill the last chunk, read zeros and write nothing.
         rows = [x.at[indices].get(mode="fill", fill_value=0) for x in flat]
-        return total.plus(indices, (_swept if head.swept else _chunk)(head, head_VD, *rows, gradients=gradients))
+        return total.plus(indices, (_swept if head.columns else _chunk)(head, head_VD, *rows, gradients=gradients))
 
     def one(total: Any, step: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         first, indices = step
@@ -237,7 +251,7 @@ def _swept(
     comes, stand in for the softmax, and the head is read once for all tokens.
     """
     (T, _), V = h.shape, head_VD.shape[0]
-    columns = min(COLUMNS, V)
+    columns = head.columns
 
     def part(carry: Any, first: jax.Array, kernel: jax.Array) -> Any:
         top, total, mixed, chosen, predicted, slope = carry
@@ -249,8 +263,11 @@ def _swept(
         exp, faded = jnp.exp(logits - higher[:, None]), jnp.exp(top - higher)
         at = targets - first
         inside = (at >= 0) & (at < kernel.shape[0])
-        own = jnp.take_along_axis(logits, jnp.clip(at, 0, kernel.shape[0] - 1)[:, None], axis=1)[:, 0]
         index = jnp.arange(kernel.shape[0], dtype=jnp.int32)
+        if head.gathers:
+            own = jnp.take_along_axis(logits, jnp.clip(at, 0, kernel.shape[0] - 1)[:, None], axis=1)[:, 0]
+        else:
+            own = jnp.sum(jnp.where(index[None, :] == at[:, None], logits, 0.0), axis=1)
         best = first + jnp.min(jnp.where(logits == largest[:, None], index[None, :], kernel.shape[0]), axis=1)
         if gradients:
             pull = exp if bent is None else exp * (1 - jnp.square(bent))
