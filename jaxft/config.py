@@ -45,11 +45,13 @@ class Model:
     scores are capped and it is installed; dense (plain XLA) where these cannot compute the model."""
     quantize: Literal["none", "int8", "nf4", "int4"] = "none"
     """How the linear layers' frozen weights are held: int8 with a scale per output, int4 with a scale per group of inputs, nf4
-    as QLoRA. Norms, embedding and head stay as they are."""
+    as QLoRA. Norms stay as they are, embedding and head too unless quantize_tables says otherwise."""
     quantize_group: Literal[32, 64, 128] = 64
     """Inputs that share a scale of int4."""
     quantize_double: bool = False
     """Hold nf4's scales in eight bits too."""
+    quantize_tables: bool = False
+    """Hold embedding and head in int8 as well, with a scale per row."""
     quantize_skip: tuple[str, ...] = ()
     """Linear modules that stay as they are, such as down_proj or a whole path."""
 
@@ -151,6 +153,8 @@ class Optim:
     """Added to the root of the second moment."""
     clip: float | None = 1.0
     """Largest global norm of the gradient; None is off."""
+    stop_after_nonfinite: int = 3
+    """Stop after so many steps in a row whose loss or gradient is not finite; such a step changes nothing."""
     epochs: float = 3.0
     """Passes over the training rows."""
     max_steps: int | None = None
@@ -341,7 +345,7 @@ _RANGES = (
     ("eval.every_steps", 1, math.inf), ("eval.patience", 1, math.inf), ("eval.min_delta", 0, math.inf),
     ("eval.limit", 1, math.inf), ("eval.max_new_tokens", 1, math.inf), ("eval.samples", 0, math.inf),
     ("eval.probe_rows", 0, math.inf),
-    ("run.log_every", 1, math.inf), ("run.keep", 1, math.inf), ("run.usd_per_chip_hour", 0, math.inf),
+    ("optim.stop_after_nonfinite", 1, math.inf), ("run.log_every", 1, math.inf), ("run.keep", 1, math.inf), ("run.usd_per_chip_hour", 0, math.inf),
     ("run.seed", 0, 2**32 - 1),
 )  # fmt: skip
 
@@ -361,6 +365,8 @@ def _validate_together(config: Config) -> None:
         raise UserError(
             f"model.quantize: {model.quantize} weights are frozen, and lora None trains every weight; take one"
         )
+    if model.quantize_tables and model.quantize == "none":
+        raise UserError("model.quantize_tables: needs model.quantize, which is none")
     if model.quantize_double and model.quantize != "nf4":
         raise UserError(f"model.quantize_double: is for nf4 alone, and model.quantize is {model.quantize}")
     for key, low, high in (("rank_pattern", 1, 65536), ("alpha_pattern", 1e-9, 1e9)) if lora else ():

@@ -87,6 +87,7 @@ def test_lora_none_trains_every_weight_and_a_lora_field_brings_it_back(file):
         (["--lora", "4"], "--lora.rank"),
         (["--model.quantize", "int8", "--lora", "none"], "int8 weights are frozen"),
         (["--model.quantize", "fp4"], "model.quantize"),
+        (["--model.quantize_tables", "True"], "needs model.quantize"),
         (["--model.quantize", "int4", "--model.quantize_double", "True"], "for nf4 alone"),
         (["--lora.rank_pattern", "v_proj", "0"], "lora.rank_pattern: 'v_proj': 0 is outside 1 to 65536"),
         (["--lora.rank_pattern", "v_proj", "many"], "rank-pattern"),

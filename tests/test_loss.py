@@ -10,6 +10,7 @@ import pytest
 from jaxft import config
 from jaxft.learn import loss
 from jaxft.models.lora import Frozen, Tuned
+from jaxft.models.quantize import encode_rows
 from jaxft.models.vocabulary import look_up, table_axes
 from jaxft.parallel.mesh import make_mesh
 from jaxft.parallel.sharding import spec
@@ -19,9 +20,11 @@ B, S, D = 8, 12, 16
 
 def model(V, cap=None, mesh=None, trained=False, dtype=jnp.float32):
     """What `tally` reads of a decoder: its head, its cap and its mesh."""
-    table = jnp.asarray(np.random.default_rng(1).normal(size=(V, D)), dtype)
+    table, scale = jnp.asarray(np.random.default_rng(1).normal(size=(V, D)), dtype), None
     arch = SimpleNamespace(vocab_size=V, logit_cap=cap)
-    return SimpleNamespace(arch=arch, mesh=mesh, head=(Tuned if trained else Frozen)(table), embed=None)
+    return SimpleNamespace(
+        arch=arch, mesh=mesh, head=(Tuned if trained else Frozen)(table), embed=None, head_scale=scale
+    )
 
 
 def batch(V, seed=0):
@@ -97,6 +100,24 @@ def test_sums_and_gradients_are_those_of_whole_logits(where, trained, cap, V, mo
     if where.endswith("chip"):
         monkeypatch.setattr(loss, "_on_cpu", lambda mesh: False)
     assert_equal(model(V, cap, mesh_of(where), trained), V, cap)
+
+
+@pytest.mark.parametrize("where", MESHES)
+def test_a_head_in_int8_is_the_head_that_its_codes_stand_for(where, monkeypatch):
+    for name, value in (("CHUNK_ELEMENTS", 96 * 7), ("MIN_CHUNK", 1), ("SWEPT_CHUNK", 40), ("CPU_COLUMNS", 17)):
+        monkeypatch.setattr(loss, name, value)
+    made = model(96, 2.0, mesh_of(where))
+    codes, scale = encode_rows(made.head[...])
+    decoded = SimpleNamespace(**{**vars(made), "head": Frozen(codes.astype(jnp.float32) * scale[:, None])})
+    coded = SimpleNamespace(**{**vars(made), "head": Frozen(codes), "head_scale": scale})
+    h, targets, weights = batch(96)
+
+    def found(made):
+        return jax.jit(jax.value_and_grad(lambda h: loss.tally(made, h, targets, weights).nll))(h)
+
+    (nll, of_h), (wanted, of_wanted) = found(coded), found(decoded)
+    assert float(nll) == pytest.approx(float(wanted), rel=2e-6)
+    np.testing.assert_allclose(of_h, of_wanted, atol=2e-6 * float(jnp.abs(of_wanted).max()))
 
 
 @pytest.mark.parametrize(

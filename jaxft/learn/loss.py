@@ -61,6 +61,26 @@ class _Head(NamedTuple):
         return tuple(axis for axis in self.split if axis in ROWS)
 
 
+class _Table(NamedTuple):
+    """The output matrix: its rows `[V,D]`, or their int8 codes and the rows' scale `[V]`, which is for the logits."""
+
+    rows: jax.Array
+    scale: jax.Array | None
+
+    def scaled(self, logits: jax.Array) -> jax.Array:
+        """`[T,V]` as the rows themselves would have made it, float32."""
+        return logits if self.scale is None else logits * self.scale[None, :]
+
+    def part(self, first: Any, count: int) -> _Table:
+        """So many rows from `first` on."""
+        return _Table(*(None if x is None else jax.lax.dynamic_slice_in_dim(x, first, count) for x in self))
+
+    def looked_up(self, indices: jax.Array) -> jax.Array:
+        """Rows at `[T]` indices, float32 `[T,D]`."""
+        found = self.rows[indices].astype(jnp.float32)
+        return found if self.scale is None else found * self.scale[indices][:, None]
+
+
 class _Sums(NamedTuple):
     """A training pass's result; the gradients are of the sum of nll, the head's None where it is not trained."""
 
@@ -89,7 +109,7 @@ def scores(model: Decoder, h: jax.Array, targets: jax.Array, weights: jax.Array)
     return _pass(*_head(model), h, targets, weights, gradients=False)
 
 
-def _head(model: Decoder) -> tuple[_Head, jax.Array]:
+def _head(model: Decoder) -> tuple[_Head, _Table]:
     split = vocabulary_split(model.arch.vocab_size, model.mesh)
     mesh = model.mesh if split else None
     variable = model.embed if model.head is None else model.head
@@ -97,7 +117,7 @@ def _head(model: Decoder) -> tuple[_Head, jax.Array]:
     swept = model.mesh is not None and not trained and not split
     on_cpu = swept and _on_cpu(model.mesh)
     columns = _columns(model.arch.vocab_size, CPU_COLUMNS if on_cpu else COLUMNS) if swept else None
-    return _Head(model.arch.logit_cap, trained, split, mesh, columns, on_cpu), variable[...]
+    return _Head(model.arch.logit_cap, trained, split, mesh, columns, on_cpu), _Table(variable[...], model.head_scale)
 
 
 def _on_cpu(mesh: Mesh) -> bool:
@@ -112,46 +132,41 @@ def _columns(vocab_size: int, most: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tally(head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array) -> Tally:
-    found = _pass(head, head_VD, h, targets, weights, gradients=False)
+def _tally(head: _Head, table: _Table, h: jax.Array, targets: jax.Array, weights: jax.Array) -> Tally:
+    found = _pass(head, table, h, targets, weights, gradients=False)
     return _summed(found.nll, found.correct, weights)
 
 
-def _forward(head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
-    sums = _pass(head, head_VD, h, targets, weights, gradients=True)
+def _forward(head: _Head, table: _Table, h: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+    sums = _pass(head, table, h, targets, weights, gradients=True)
     return sums.tally, (sums.hidden, sums.head)
 
 
 def _backward(head: _Head, gradients: tuple[jax.Array, jax.Array | None], given: Tally) -> tuple[Any, ...]:
     of_h, of_head = gradients
-    return (
-        None if of_head is None else of_head * given.nll, of_h * given.nll.astype(of_h.dtype), None, None,
-    )  # fmt: skip
+    of_table = None if of_head is None else _Table(of_head * given.nll, None)
+    return of_table, of_h * given.nll.astype(of_h.dtype), None, None
 
 
 _tally.defvjp(_forward, _backward)
 
 
-def _pass(
-    head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool
-) -> Any:
+def _pass(head: _Head, table: _Table, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool) -> Any:
     """_Sums with `gradients`, else Scores."""
     local = functools.partial(_local, head, gradients=gradients)
     if head.mesh is None:
-        return local(head_VD, h, targets, weights)
-    rows, table = PartitionSpec(ROWS), PartitionSpec(head.split)
-    out: Any = _Sums(PartitionSpec(), rows, table if head.trained else None) if gradients else Scores(rows, rows)
+        return local(table, h, targets, weights)
+    rows, split = PartitionSpec(ROWS), PartitionSpec(head.split)
+    out: Any = _Sums(PartitionSpec(), rows, split if head.trained else None) if gradients else Scores(rows, rows)
     spread = jax.shard_map(
-        local, mesh=head.mesh, in_specs=(table, rows, rows, rows), out_specs=out, check_vma=False
+        local, mesh=head.mesh, in_specs=(split, rows, rows, rows), out_specs=out, check_vma=False
     )  # fmt: skip
-    return spread(head_VD, h, targets, weights)
+    return spread(table, h, targets, weights)
 
 
-def _local(
-    head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool
-) -> Any:
+def _local(head: _Head, table: _Table, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool) -> Any:
     """One device's share. Its rows are shared with the fsdp group where that holds other parts of the vocabulary."""
-    (B, S, D), V = h.shape, head_VD.shape[0]
+    (B, S, D), V = h.shape, table.rows.shape[0]
     ways = head.mesh.shape["fsdp"] if head.shared else 1
     largest = SWEPT_CHUNK if head.columns else max(1, MIN_CHUNK // ways, CHUNK_ELEMENTS // (V * ways))
     chunk = _chunk_size(B * S, largest)
@@ -165,7 +180,7 @@ def _local(
     def compute(total: Any, indices: jax.Array) -> Any:
         # Indices beyond the end, which fill the last chunk, read zeros and write nothing.
         rows = [x.at[indices].get(mode="fill", fill_value=0) for x in flat]
-        return total.plus(indices, (_swept if head.columns else _chunk)(head, head_VD, *rows, gradients=gradients))
+        return total.plus(indices, (_swept if head.columns else _chunk)(head, table, *rows, gradients=gradients))
 
     def one(total: Any, step: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         first, indices = step
@@ -183,7 +198,7 @@ def _local(
     if head.mesh is not None:
         apart = tuple(axis for axis in ROWS if axis not in head.shared)
         sums = sums._replace(**jax.tree.map(lambda x: jax.lax.psum(x, apart), {"tally": sums.tally, "head": sums.head}))
-    of_head = None if sums.head is None else sums.head.astype(head_VD.dtype)
+    of_head = None if sums.head is None else sums.head.astype(table.rows.dtype)
     return _Sums(sums.tally, sums.hidden.reshape(B, S, D), of_head)
 
 
@@ -203,15 +218,13 @@ def _supervised_first(supervised: jax.Array, chunk: int) -> jax.Array:
     return jnp.arange(padded, dtype=jnp.int32).at[place].set(index)
 
 
-def _chunk(
-    head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool
-) -> Any:
+def _chunk(head: _Head, table: _Table, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool) -> Any:
     """_Sums or Scores of `[T]` tokens with hidden `[T,D]`; logits `[T,V]` live here only, in float32."""
     T = h.shape[0]
     if head.shared:
         h, targets, weights = (jax.lax.all_gather(x, head.shared, axis=0, tiled=True) for x in (h, targets, weights))
-    kernel = head_VD.astype(h.dtype)
-    raw = jnp.einsum("TD,VD->TV", h, kernel, preferred_element_type=jnp.float32)
+    kernel = table.rows.astype(h.dtype)
+    raw = table.scaled(jnp.einsum("TD,VD->TV", h, kernel, preferred_element_type=jnp.float32))
     bent = None if head.cap is None else jnp.tanh(raw / head.cap)
     logits = raw if bent is None else head.cap * bent
     columns = jnp.arange(logits.shape[1], dtype=jnp.int32) + _first_row(head, logits.shape[1])
@@ -232,7 +245,7 @@ def _chunk(
     of_logits = (exp / total[:, None] - is_target.astype(jnp.float32)) * weights[:, None]
     if bent is not None:
         of_logits = of_logits * (1 - jnp.square(bent))
-    of_logits = of_logits.astype(h.dtype)
+    of_logits = table.scaled(of_logits).astype(h.dtype)
     of_h = jnp.einsum("TV,VD->TD", of_logits, kernel, preferred_element_type=jnp.float32)
     if head.shared:
         of_h = jax.lax.psum_scatter(of_h, head.shared, scatter_dimension=0, tiled=True)
@@ -242,20 +255,19 @@ def _chunk(
     return _Sums(sums, of_h.astype(h.dtype), of_head)
 
 
-def _swept(
-    head: _Head, head_VD: jax.Array, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool
-) -> Any:
+def _swept(head: _Head, table: _Table, h: jax.Array, targets: jax.Array, weights: jax.Array, *, gradients: bool) -> Any:
     """As `_chunk` for a frozen head that is not split, by parts of the vocabulary, as flash attention goes over its keys.
 
     The gradient is Σ_v exp(logit_v) head_v / Σ_v exp(logit_v) - head_target, so running sums, rescaled whenever a larger logit
     comes, stand in for the softmax, and the head is read once for all tokens.
     """
-    (T, _), V = h.shape, head_VD.shape[0]
+    (T, _), V = h.shape, table.rows.shape[0]
     columns = head.columns
 
-    def part(carry: Any, first: jax.Array, kernel: jax.Array) -> Any:
+    def part(carry: Any, first: jax.Array, table: _Table) -> Any:
         top, total, mixed, chosen, predicted, slope = carry
-        raw = jnp.einsum("TD,VD->TV", h, kernel, preferred_element_type=jnp.float32)
+        kernel = table.rows.astype(h.dtype)
+        raw = table.scaled(jnp.einsum("TD,VD->TV", h, kernel, preferred_element_type=jnp.float32))
         bent = None if head.cap is None else jnp.tanh(raw / head.cap)
         logits = raw if bent is None else head.cap * bent
         largest = jnp.max(logits, axis=1)
@@ -271,7 +283,9 @@ def _swept(
         best = first + jnp.min(jnp.where(logits == largest[:, None], index[None, :], kernel.shape[0]), axis=1)
         if gradients:
             pull = exp if bent is None else exp * (1 - jnp.square(bent))
-            pulled = jnp.einsum("TV,VD->TD", pull.astype(h.dtype), kernel, preferred_element_type=jnp.float32)
+            pulled = jnp.einsum(
+                "TV,VD->TD", table.scaled(pull).astype(h.dtype), kernel, preferred_element_type=jnp.float32
+            )
             mixed = mixed * faded[:, None] + pulled
             if bent is not None:
                 slope = jnp.where(inside, 1 - jnp.square(own / head.cap), slope)
@@ -292,17 +306,16 @@ def _swept(
     whole = V // columns
 
     def one(carry: Any, i: jax.Array) -> tuple[Any, None]:
-        kernel = jax.lax.dynamic_slice_in_dim(head_VD, i * columns, columns).astype(h.dtype)
-        return part(carry, i * columns, kernel), None
+        return part(carry, i * columns, table.part(i * columns, columns)), None
 
     carry, _ = jax.lax.scan(one, carry, jnp.arange(whole, dtype=jnp.int32))
     if V % columns:
-        carry = part(carry, jnp.int32(whole * columns), head_VD[whole * columns :].astype(h.dtype))
+        carry = part(carry, jnp.int32(whole * columns), table.part(whole * columns, V % columns))
     top, total, mixed, chosen, predicted, slope = carry
     nll, right = jnp.log(total) + top - chosen, predicted == targets
     if not gradients:
         return Scores(nll, right)
-    of_h = weights[:, None] * (mixed / total[:, None] - slope[:, None] * head_VD[targets].astype(jnp.float32))
+    of_h = weights[:, None] * (mixed / total[:, None] - slope[:, None] * table.looked_up(targets))
     return _Sums(_summed(nll, right, weights), of_h.astype(h.dtype), None)
 
 

@@ -18,7 +18,7 @@ from jaxft.models import ops
 from jaxft.models.arch import Arch, LayerSpec, stages
 from jaxft.models.attention import Places
 from jaxft.models.block import SITES, Context, Norm
-from jaxft.models.lora import Adaptation, Trainable, base
+from jaxft.models.lora import Adaptation, Trainable, table
 from jaxft.models.stage import HIDDEN_AXES, Stage
 from jaxft.models.vocabulary import look_up, table_axes
 from jaxft.parallel.sharding import check_split, constrain
@@ -51,23 +51,24 @@ class Decoder(nnx.Module):
         _check_heads(arch, mesh)
         names, shape = arch.names, (arch.vocab_size, arch.dim)
         also = (names.head,) if plan.keeps_tied else ()
-        self.embed = base(plan, (names.embed,), shape, table_axes(arch.vocab_size, mesh), dtype, also=also)
+        axes = table_axes(arch.vocab_size, mesh)
+        self.embed, self.embed_scale = table(plan, names.embed, shape, axes, dtype, also=also)
         cuts = stages([self._record(i, plan) for i in range(len(arch.layers))])
         self.stages = nnx.List([Stage(arch, cut, plan, dtype, attention) for cut in cuts])
         self.norm = Norm((names.norm,), (arch.dim,), plan, arch, dtype)
-        self.head = self._head(plan, dtype)
+        self.head, self.own_head_scale = self._head(plan, dtype)
 
-    def _head(self, plan: Adaptation, dtype: Any) -> nnx.Variable | None:
+    def _head(self, plan: Adaptation, dtype: Any) -> tuple[nnx.Variable | None, nnx.Variable | None]:
         """The output matrix, or None where it is the embedding itself.
 
         A tied head that parts from the embedding begins as it, because that is what PEFT makes of such an adapter.
         """
         arch, names = self.arch, self.arch.names
         if arch.tied_head and not plan.parts(arch):
-            return None
-        stored = (names.embed,) if arch.tied_head else None
+            return None, None
+        stored = names.embed if arch.tied_head else None
         axes = table_axes(arch.vocab_size, self.mesh)
-        return base(plan, (names.head,), (arch.vocab_size, arch.dim), axes, dtype, stored=stored)
+        return table(plan, names.head, (arch.vocab_size, arch.dim), axes, dtype, stored=stored)
 
     def _record(self, layer: int, plan: Adaptation) -> tuple[LayerSpec, tuple[Any, ...]]:
         """What must be equal for two layers to be stacked: shapes, and what is trained module by module; not the window."""
@@ -97,7 +98,7 @@ class Decoder(nnx.Module):
 
         `key` turns adapter dropout on. With a cache, `cache.used + S` must not exceed its T slots.
         """
-        h = constrain(look_up(self.embed[...].astype(self.dtype), tokens, self.mesh), HIDDEN_AXES, self.mesh)
+        h = constrain(self._embedded(tokens), HIDDEN_AXES, self.mesh)
         if self.arch.embed_scale is not None:
             h = h * jnp.asarray(
                 self.arch.embed_scale, h.dtype
@@ -115,15 +116,30 @@ class Decoder(nnx.Module):
             written.append(new)
         return self.norm(h), (None if cache is None else cache._replace(layers=tuple(written)))
 
+    def _embedded(self, tokens: jax.Array) -> jax.Array:
+        """`[B,S,D]` in the activations' dtype."""
+        if self.embed_scale is None:
+            return look_up(self.embed[...].astype(self.dtype), tokens, self.mesh)
+        codes = look_up(self.embed[...], tokens, self.mesh).astype(jnp.float32)
+        return (codes * self.embed_scale[...][tokens][..., None]).astype(self.dtype)
+
+    @property
+    def head_scale(self) -> jax.Array | None:
+        """The scale `[V]` of the output matrix's rows where that holds int8 codes."""
+        scale = self.embed_scale if self.head is None else self.own_head_scale
+        return None if scale is None else scale[...]
+
     @property
     def head_VD(self) -> jax.Array:
-        """The output matrix `[V,D]`, which is the embedding where the head is tied."""
+        """The output matrix `[V,D]`, or its codes; the embedding where the head is tied."""
         return (self.embed if self.head is None else self.head)[...]
 
     def logits(self, h: jax.Array) -> jax.Array:
         """h `[...,D]` -> float32 `[...,V]`, capped where the family caps them."""
         head_VD = self.head_VD.astype(h.dtype)
         logits = jnp.einsum("...D,VD->...V", h, head_VD, preferred_element_type=jnp.float32)
+        if self.head_scale is not None:
+            logits = logits * self.head_scale.reshape((1,) * (logits.ndim - 1) + (-1,))
         return ops.soft_cap(logits, self.arch.logit_cap)
 
     def empty_cache(self, batch: int, slots: int) -> Cache:

@@ -71,7 +71,8 @@ class Adaptation:
     """What is trained, by Hub path: modules with a pair, modules in full, biases alone; or every base tensor in place.
 
     A tied head and embedding part as soon as one of them is trained in full, unless `keeps_tied`. Matrices of linear modules
-    that are not trained are held as `quantized` says, but for those of the modules `whole`.
+    that are not trained are held as `quantized` says, but for those of the modules `whole`; with `tables` the embedding and
+    the head are held in int8.
     """
 
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
@@ -81,6 +82,7 @@ class Adaptation:
     every_weight: bool = False
     quantized: Scheme | None = None
     whole: frozenset[str] = frozenset()
+    tables: bool = False
 
     def trains(self, path: str, leaf: str) -> bool:
         """Whether the base tensor `path.leaf` is trained."""
@@ -166,8 +168,8 @@ def by_pattern(patterns: Mapping[str, float], paths: Sequence[str], default: flo
     return {path: default if pattern is None else patterns[pattern] for path, pattern in found.items()}
 
 
-def quantized(plan: Adaptation, scheme: Scheme, skip: Sequence[str], arch: Arch) -> Adaptation:
-    """`plan` with the linear modules' frozen weights held as `scheme` says, but for those that `skip` names.
+def quantized(plan: Adaptation, scheme: Scheme, skip: Sequence[str], tables: bool, arch: Arch) -> Adaptation:
+    """`plan` with the linear modules' frozen weights held as `scheme` says, but for those that `skip` names; see Adaptation.
 
     Raises UserError for a name that matches none, and for a group that does not divide a module's inputs.
     """
@@ -179,7 +181,7 @@ def quantized(plan: Adaptation, scheme: Scheme, skip: Sequence[str], arch: Arch)
             f"model.quantize_skip: {idle[0]!r} matches no linear module; {arch.family} has {', '.join(existing)}"
         )
     whole = frozenset(path for path in shapes if any(_named(path, name) for name in skip))
-    found = replace(plan, quantized=scheme, whole=whole)
+    found = replace(plan, quantized=scheme, whole=whole, tables=tables)
     for path, shape in shapes.items():
         try:
             if found.scheme(path) is not None:
@@ -420,6 +422,28 @@ def _spread(axis: str) -> Axis:
 def _pair(paths: tuple[str, ...], leaf: str, shape: tuple[int, ...], axes: tuple[Axis, ...]) -> LoraParam:
     names = _names(paths, leaf)
     return LoraParam(jnp.zeros(shape, jnp.float32), axes=axes, names=names, saved=names, transposed=len(shape) == 3)
+
+
+def table(
+    plan: Adaptation,
+    path: str,
+    shape: tuple[int, int],
+    axes: tuple[Axis, Axis],
+    dtype: jnp.dtype,
+    *,
+    stored: str | None = None,
+    also: tuple[str, ...] = (),
+) -> tuple[nnx.Variable, Scale | None]:
+    """An embedding or head `[V,D]`, and where it is held in int8 the scale `[V]` of its rows.
+
+    `stored` and `also` are as `base` has them.
+    """
+    holders = None if stored is None else (stored,)
+    if not plan.tables or plan.trains(path, "weight"):
+        return base(plan, (path,), shape, axes, dtype, stored=holders, also=also), None
+    about = {"names": _names(holders or (path,), "weight"), "saved": None, "transposed": False}
+    codes = Codes(jnp.zeros(shape, jnp.int8), axes=axes, scheme=Scheme("int8"), **about)
+    return codes, Scale(jnp.zeros(shape[:1], jnp.float32), axes=(axes[0],), **about)
 
 
 def _coded(

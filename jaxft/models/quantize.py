@@ -121,6 +121,13 @@ def _by_output(scale: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return scale.reshape(n_out, -1).T if n_in % BLOCK == 0 else scale
 
 
+def encode_rows(table: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An embedding or head `[V,D]` as int8 codes `[V,D]` and a float32 scale per row `[V]`."""
+    table = table.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(table), axis=1), TINY) / 127
+    return jnp.round(table / scale[:, None]).astype(jnp.int8), scale
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(scheme: Scheme, x: jax.Array, codes: jax.Array, scales: Mapping[str, jax.Array]) -> jax.Array:
     """x `[B,S,in]` times the weights that `codes` stand for: `[B,S,out]`.

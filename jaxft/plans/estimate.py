@@ -25,7 +25,8 @@ class Step:
     """A step of `rows` × `length` tokens over all chips; `data` counts copies of the model over all slices.
 
     `ranks` are the pairs' by Hub path; where none is given every weight is trained. `width` is bytes of an element, `held`
-    those of a linear weight as it is held, with its share of scales; `decoded`: a pass writes such weights out and reads them.
+    those of a linear weight as it is held, with its share of scales, `table_width` of one of the embedding; `decoded`: a pass
+    writes such weights out and reads them.
     """
 
     arch: Arch
@@ -40,6 +41,7 @@ class Step:
     micro_batches: int = 1
     width: int = 2
     held: float = 2
+    table_width: float = 2
     decoded: bool = False
 
     @property
@@ -131,7 +133,7 @@ def _activations_moved(step: Step) -> float:
 def _head_moved(step: Step) -> float:
     """Its share of the vocabulary for every chunk of all tokens of a copy, forward and backward; logits in float32."""
     ways, tokens = step.fsdp * step.tensor, step.tokens * step.fsdp
-    return tokens / CHUNK * 2 * step.table * step.width / ways + tokens * 4 * 4 * step.arch.vocab_size / ways
+    return tokens / CHUNK * 2 * step.table * step.table_width / ways + tokens * 4 * 4 * step.arch.vocab_size / ways
 
 
 def _optimizer_moved(step: Step) -> float:
@@ -160,7 +162,7 @@ def memory(step: Step) -> dict[str, float]:
     """Bytes held by one chip, as `plan` names them; activations are what the policy keeps and one layer at work."""
     arch, ways = step.arch, step.fsdp * step.tensor
     tables = step.table * (1 if arch.tied_head else 2)
-    weights = (step.held * step.weights + step.width * tables) / ways if step.frozen else 4 * step.trained / ways
+    weights = (step.held * step.weights + step.table_width * tables) / ways if step.frozen else 4 * step.trained / ways
     pairs = 4 * step.trained / ways if step.frozen else 0.0
     tokens = step.tokens / step.micro_batches
     kept = tokens * step.width * sum(kept_per_token(layer, arch, step.policy, step.tensor) for layer in arch.layers)

@@ -101,7 +101,8 @@ def described(settings: Config, source: Source, policy: str, mesh: Mapping[str, 
     ranks = {path: pair.rank for path, pair in source.plan.adapters.items()}
     return Step(
         source.arch, ranks, rows, length, policy, mesh["data"], mesh["fsdp"], mesh["tensor"], slices,
-        settings.optim.accumulation_steps, source.dtype.itemsize, held_bytes(source), decodes(source),
+        settings.optim.accumulation_steps, source.dtype.itemsize, held_bytes(source),
+        1.0 if source.plan.tables else source.dtype.itemsize, decodes(source),
     )  # fmt: skip
 
 

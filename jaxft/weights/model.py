@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jaxft.models import decoder, lora, tensors
 from jaxft.models.arch import Arch
 from jaxft.models.attention import kernel_for
 from jaxft.models.families import arch_from_config, published
-from jaxft.models.quantize import Scheme
+from jaxft.models.quantize import BLOCK, Scheme
 from jaxft.parallel.compilation import return_memory
 from jaxft.parallel.mesh import make_mesh
 from jaxft.weights import keras, load, peft, shards
@@ -77,7 +78,7 @@ def find(model: config.Model, adaptation: config.Lora | str | None = "base") -> 
     tokenizer = local_folder(model.tokenizer, key="model.tokenizer", weights=False) if model.tokenizer else folder
     arch = read_arch(folder)
     files = None if model.init != "weights" else preset.files if preset else shards.open_folder(folder)
-    adapter = peft.open_adapter(Path(model.adapter), arch) if model.adapter else None
+    adapter = _open_adapter(model, arch) if model.adapter else None
     if adapter is not None:
         plan = adapter.plan(adaptation if isinstance(adaptation, config.Lora) else None)
     elif adaptation == "base":
@@ -91,8 +92,32 @@ def find(model: config.Model, adaptation: config.Lora | str | None = "base") -> 
     if files is not None:
         load.check_base(files, rows, arch, str(folder))
     if adapter is not None:
-        adapter.check(rows)
+        with _naming_both(model, arch):
+            adapter.check(rows)
     return Source(folder, tokenizer, arch, files, adapter, dtype, stored, plan)
+
+
+def _open_adapter(model: config.Model, arch: Arch) -> peft.AdapterFiles:
+    with _naming_both(model, arch):
+        return peft.open_adapter(Path(model.adapter), arch)
+
+
+@contextlib.contextmanager
+def _naming_both(model: config.Model, arch: Arch) -> Iterator[None]:
+    """Adds to what does not fit whose adapter it is and what the model is, where the adapter names another base."""
+    try:
+        yield
+    except UserError as error:
+        try:
+            made_for = peft.base_name(Path(model.adapter))
+        except UserError:
+            raise error from None
+        if made_for == model.name:
+            raise
+        size = f"{arch.family}, {len(arch.layers)} layers, width {arch.dim}"
+        raise UserError(
+            f"{error}; the adapter names {made_for!r:.100} as its base, the model is {model.name!r} ({size})"
+        ) from error
 
 
 def sketch(model: config.Model, adaptation: config.Lora | None) -> Source:
@@ -112,7 +137,19 @@ def quantized(plan: lora.Adaptation, model: config.Model, arch: Arch) -> lora.Ad
     if model.quantize == "none":
         return plan
     scheme = Scheme(model.quantize, model.quantize_group, model.quantize_double)
-    return lora.quantized(plan, scheme, model.quantize_skip, arch)
+    return lora.quantized(plan, scheme, model.quantize_skip, model.quantize_tables, arch)
+
+
+def held_as(model: config.Model, dtype: Any) -> str:
+    """What the base's linear layers are held as, in words; `dtype` is that of what is not quantised."""
+    words = {
+        "none": f"{jnp.dtype(dtype)}",
+        "int8": "int8 with a scale per output",
+        "int4": f"int4 with a scale per {model.quantize_group} inputs",
+        "nf4": f"nf4 with a scale per {BLOCK} weights" + (", these in eight bits" if model.quantize_double else ""),
+    }
+    skipped = f", but for {', '.join(model.quantize_skip)}" if model.quantize != "none" and model.quantize_skip else ""
+    return words[model.quantize] + skipped
 
 
 def _revision(model: config.Model) -> str | None:
@@ -173,10 +210,15 @@ def load_decoder(
     adapter: str | None = None,
     mesh: Mesh | None = None,
     tokenizer: str | None = None,
+    *,
+    quantize: str = "none",
+    quantize_group: int = 64,
+    quantize_double: bool = False,
 ) -> tuple[Any, Path]:
     """A callable decoder, and the folder of its tokenizer: the one named, the adapter's where it brings one, the model's."""
     named = None if adapter is None else str(adapter)
-    source = find(config.Model(name=str(name), tokenizer=tokenizer, dtype=dtype, adapter=named))
+    held = {"quantize": quantize, "quantize_group": quantize_group, "quantize_double": quantize_double}
+    source = find(config.Model(name=str(name), tokenizer=tokenizer, dtype=dtype, adapter=named, **held))
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     loaded = materialise(source, mesh)
     return loaded.decoder(), source.tokenizer if tokenizer else source.tokenizer_beside_adapter

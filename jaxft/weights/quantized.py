@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.models.quantize import Scheme
+from jaxft.models.quantize import Scheme, encode_rows
 from jaxft.models.tensors import Tensor
 from jaxft.weights.buffers import Stack
 
+ROWS = 8192  # of a table that are coded at once
 Matrix = Callable[[str, slice], Any]  # (name, rows) -> those rows of the named matrix, [rows,in]
 
 
@@ -23,9 +24,34 @@ def read(matrix: Matrix, rows: Iterable[Tensor], mesh: Mesh) -> dict[str, jax.Ar
     """Path -> array for the codes and scales among the rows of a table, on `mesh`, whatever `matrix` gives."""
     held = [row for row in rows if row.scheme is not None or row.scale]
     found: dict[str, jax.Array] = {}
-    for _, module in groupby(held, key=lambda row: row.names):
-        found |= _module(matrix, list(module), mesh)
+    for _, module in groupby(sorted(held, key=lambda row: row.names), key=lambda row: row.names):
+        of_one = list(module)
+        found |= (_module if of_one[0].stacked else _tables)(matrix, of_one, mesh)
     return found
+
+
+def _tables(matrix: Matrix, rows: Sequence[Tensor], mesh: Mesh) -> dict[str, jax.Array]:
+    """Of an embedding or head, or both where a head begins as the embedding: codes `[V,D]` and scale `[V]` of each."""
+    parts: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def part(row: Tensor, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(row.shape[0])
+        if (start, stop) not in parts:
+            parts[start, stop] = _coded_rows(matrix, row.names[0], start, stop)
+        codes, scale = parts[start, stop]
+        return scale if row.scale else codes[:, index[1]]
+
+    def array(row: Tensor) -> jax.Array:
+        return jax.make_array_from_callback(row.shape, row.sharding(mesh), lambda index: part(row, index))
+
+    return {row.path: array(row) for row in rows}
+
+
+def _coded_rows(matrix: Matrix, name: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scale of a table's rows, coded block by block."""
+    blocks = [encoded_rows(matrix(name, slice(i, min(i + ROWS, stop)))) for i in range(start, stop, ROWS)]
+    codes, scale = (np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*blocks))
+    return codes, scale
 
 
 def _module(matrix: Matrix, rows: Sequence[Tensor], mesh: Mesh) -> dict[str, jax.Array]:
@@ -52,6 +78,9 @@ def _leaf(row: Tensor) -> str:
 def encoded(scheme: Scheme, weights: jax.Array) -> dict[str, jax.Array]:
     """`scheme.encode` compiled; on the first device."""
     return scheme.encode(weights)
+
+
+encoded_rows = jax.jit(encode_rows)
 
 
 def kernel(arrays: Mapping[str, jax.Array], module: str, scheme: Scheme | None) -> jax.Array:
