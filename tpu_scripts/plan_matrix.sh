@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Plans the five published runs on six slices, and how the largest grows from 4 to 256 chips, on this machine and without a TPU:
+# Plans the five published runs on six slices, how the largest grows from 4 to 256 chips, and what fits one v5e chip with a quantised
+# base, on this machine and without a TPU:
 #
-#   tpu_scripts/plan_matrix.sh [runs|growth] [FOLDER]
+#   tpu_scripts/plan_matrix.sh [runs|growth|quantized] [FOLDER]
 #
 # Prints tables in Markdown. What is planned already with the same settings and versions is read from FOLDER (default: runs/plans),
 # so that the same command goes on where it was stopped. Needs `pip install 'jaxft[plan]'`. A program takes one to two minutes
-# on two cores: runs compiles 30 to 60, growth about 20. In the environment PYTHON names the interpreter; PLACES and CONFIGS
+# on two cores: runs compiles 30 to 60, growth and quantized about 20. In the environment PYTHON names the interpreter; PLACES and CONFIGS
 # choose others.
 set -euo pipefail
 
@@ -52,8 +53,29 @@ case $what in
     done
     "$python" -m jaxft.plans.pages growth "${files[@]}"
     ;;
+  quantized)
+    # One row, and the most rows that fit, with everything recomputed.
+    for config in gemma2_9b llama32_3b qwen2_1_5b; do
+      for base in int8 int4 nf4; do
+        largest=''
+        for rows in 1 2 4 8 16 32 64; do
+          held=("${files[@]}")
+          plan "$config-$base-$rows" "$config" v5e-1 "$rows" --model.quantize "$base" --model.remat full
+          "$python" -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1]))["rows"][0]["fits"])' "${files[-1]}" || {
+            files=("${held[@]}")
+            break
+          }
+          # Of those before it only the first row stays.
+          [ -z "$largest" ] || [ "$largest" = 1 ] || files=("${held[@]:0:${#held[@]}-1}" "${files[-1]}")
+          largest=$rows
+        done
+      done
+    done
+    plan gemma2_9b-int8-tables gemma2_9b v5e-1 1 --model.quantize int8 --model.quantize_tables True --model.remat full
+    "$python" -m jaxft.plans.pages quantized "${files[@]}"
+    ;;
   *)
-    printf 'error: %s: expected runs or growth\n' "$what" >&2
+    printf 'error: %s: expected runs, growth or quantized\n' "$what" >&2
     exit 2
     ;;
 esac

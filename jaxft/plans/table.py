@@ -33,6 +33,7 @@ def _lines(row: Row) -> list[tuple[str, str]]:
             "step",
             f"{row['rows_per_step']} rows of {row['positions_per_row']} tokens, {row['positions_per_chip']:,.0f} to a chip",
         ),
+        ("base", row["base"]),
         ("policy", _policy(row)),
         *((label, _gib(row[f"{key}_bytes_per_chip"])) for label, key in MEMORY.items()),
         ("total", _fit(row)),
