@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,6 +59,14 @@ def _adapter_folder(folder: Path) -> Path:
     )
 
 
+def _held_in_training(adapter: Path) -> str:
+    """How the run beside an adapter held its base; none where there is no such run."""
+    try:
+        return str(json.loads((adapter.parent / "config.json").read_text("utf-8"))["model"]["quantize"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "none"
+
+
 def _tokenizer_folder(options: Options, source: Source) -> Path:
     return source.tokenizer if options.tokenizer else source.tokenizer_beside_adapter
 
@@ -74,6 +83,9 @@ def _merge(options: Options, out: Path, name: str, source: Source) -> None:
         merged.save(folder, tensors, settings, source.folder, _tokenizer_folder(options, source))
     dtypes = ", ".join(sorted({np.dtype(t.dtype).name for t in tensors}))
     print(f"merged: {out} ({len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e9:.3g} GB, {dtypes})")
+    held = _held_in_training(_adapter_folder(Path(options.adapter)))
+    if held != "none":
+        print(f"merged into the base's own weights; in training they were held as {held}, and the adapter made up for that too")
 
 
 def _numpy_dtype(name: str) -> Any:

@@ -1,26 +1,33 @@
 """Quantised bases: codes as bitsandbytes and their definitions have them, and models that compute with what they decode to."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import bitsandbytes.functional
 import jax
 import jax.numpy as jnp
 import numpy as np
 import openelm
+import peft
 import pytest
 import torch
+import transformers
 from checkpoints import assert_same, load, logits, save, tiny, tokens, torch_logits, with_random_b
 
-from jaxft import config
+import jaxft.tiny
+from jaxft import config, export, train
 from jaxft.config import Lora
 from jaxft.errors import UserError
+from jaxft.learn.loop import Loop
 from jaxft.learn.loss import tally
 from jaxft.models import decoder
-from jaxft.models.quantize import Scheme, dynamic_code
+from jaxft.models.quantize import NF4, Scheme, dynamic_code
 from jaxft.parallel.mesh import make_mesh
 from jaxft.weights import quantized
 from jaxft.weights.model import find
 
+BASE = Path(jaxft.tiny.__file__).parent / "base"
 IDS = tokens(8, 24, vocab=96)
 SHAPES = {"whole rows of blocks": (96, 128), "blocks over the ends of rows": (64, 172), "a last block cut": (33, 100)}
 SCHEMES = {
@@ -46,7 +53,8 @@ def drawn(shape, dtype=torch.float32, seed=0):
 def coded(scheme, weights):
     """Codes in the order of the file `[out,in]`, and what they decode to."""
     found = scheme.encode(jnp.asarray(weights.float().numpy()))
-    codes = np.asarray(found["codes"]).astype(np.int32).reshape(-1, weights.shape[0]).T
+    values = np.concatenate(scheme.values(found["codes"])).reshape(-1, weights.shape[0]).T
+    codes = np.searchsorted(np.array(NF4, np.float32), values) if scheme.name == "nf4" else values
     dtype = jnp.bfloat16 if weights.dtype == torch.bfloat16 else jnp.float32
     return codes, np.asarray(scheme.decode(found["codes"], found, dtype).T.astype(jnp.float32)), found
 
@@ -226,8 +234,46 @@ def test_a_base_that_cannot_be_quantised_so_is_one_line(settings, said, tmp_path
         find(config.Model(name=str(folder), **settings), Lora())
 
 
-def test_the_published_code_is_sorted_and_symmetric_at_its_ends():
-    from jaxft.models.quantize import NF4
+RUN = [
+    "--config", "tiny_cpu.py", "--data.limit", "60", "--data.max_length", "96", "--optim.max_steps", "6",
+    "--eval.every_steps", "2", "--eval.tasks", "final_answer", "--eval.limit", "4", "--eval.max_new_tokens", "8",
+    "--run.log_every", "2", "--model.quantize", "nf4",
+]  # fmt: skip
 
+
+@pytest.mark.slow
+def test_a_run_on_codes_resumes_bit_for_bit_and_its_adapter_is_pefts(tmp_path, capsys):
+    """Merged, it goes into the weights as they are stored, and says so."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train.main([*RUN, "--run.dir", str(whole)])
+    step = Loop._train_once
+
+    def stopping(self):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        step(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, "_train_once", stopping)
+        train.main([*RUN, "--run.dir", str(stopped)])
+    train.main([*RUN, "--run.dir", str(stopped)])
+    for name in ("adapter/adapter_model.safetensors", "examples.jsonl"):
+        assert (whole / name).read_bytes() == (stopped / name).read_bytes()
+    ids = tokens(2, 16, vocab=600)
+    base = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    adapted = torch_logits(peft.PeftModel.from_pretrained(base, whole / "adapter").eval(), ids)
+    assert_same(logits(load(BASE, adapter=str(whole / "adapter")), ids), adapted)
+    capsys.readouterr()
+    export.main(["--adapter", str(whole), "--merge", "--dtype", "float32", "--out", str(tmp_path / "merged")])
+    assert "in training they were held as nf4" in capsys.readouterr().out
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert_same(torch_logits(merged, ids), adapted)
+    told = whole / "adapter/adapter_config.json"
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(UserError, match=r"gone"):
+        export.main(["--adapter", str(whole), "--merge", "--out", str(tmp_path / "again")])
+
+
+def test_the_published_code_is_sorted_and_symmetric_at_its_ends():
     assert list(NF4) == sorted(NF4) and NF4[0] == -1 and NF4[-1] == 1 and NF4[7] == 0
     assert dataclasses.replace(Scheme("nf4"), double=True) != Scheme("nf4")

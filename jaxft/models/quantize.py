@@ -1,7 +1,9 @@
 """Frozen weights in eight or four bits: how a matrix is coded, and what the model computes with instead.
 
 A coded matrix is `codes` `[groups,inputs of a group,out]`, so that inputs that share a scale lie across a TPU's lanes and
-nothing has to be moved about to decode it, and a few arrays of scales beside it. All functions here take one matrix at a time.
+nothing has to be moved about to decode it, and a few arrays of scales beside it. Of four-bit codes an input and that half of
+all inputs further on share a byte, and each half is multiplied by itself: JAX's own four-bit arrays cannot go into a program
+that was compiled ahead of time for a CPU (0.10.2). All functions here take one matrix at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ NF4 = (
 )  # fmt: skip
 BLOCK = 64  # weights that share a scale of nf4, in the order of the file
 DOUBLE_BLOCK = 256  # such scales that share one of their own
-GROUPS = (32, 64, 128)  # inputs that may share a scale of int4
+MIDDLE = 8  # of int4's codes, which are 1 to 15
 TINY = np.float32(1e-38)  # instead of the scale of a block of zeros
 
 
@@ -42,21 +44,31 @@ class Scheme:
     @property
     def dtype(self) -> jnp.dtype:
         """Of the codes."""
-        return jnp.dtype({"int8": jnp.int8, "int4": jnp.int4, "nf4": jnp.uint4}[self.name])
+        return jnp.dtype(jnp.int8 if self.name == "int8" else jnp.uint8)
 
-    def codes(self, shape: tuple[int, int]) -> tuple[int, int, int]:
-        """Shape `[groups,inputs of a group,out]` of the codes of weights `[in,out]` = `shape`; one group where scales do not go
-        by groups of inputs. Raises UserError for a group that does not divide the inputs."""
+    @property
+    def packed(self) -> int:
+        """Inputs that share a byte."""
+        return 1 if self.name == "int8" else 2
+
+    def groups(self, shape: tuple[int, int]) -> tuple[int, int, int]:
+        """`(groups, inputs of a group, out)` of weights `[in,out]` = `shape`; one group where scales do not go by groups of
+        inputs. Raises UserError for a group that does not divide the inputs."""
         n_in, n_out = shape
         size = {"int8": n_in, "int4": self.group, "nf4": BLOCK if n_in % BLOCK == 0 else n_in}[self.name]
-        if n_in % size:
-            raise UserError(f"{n_in} inputs are not a multiple of {size}")
+        if n_in % size or size % self.packed:
+            raise UserError(f"{n_in} inputs are not a multiple of {max(size % n_in, self.packed)}")
         return n_in // size, size, n_out
+
+    def codes(self, shape: tuple[int, int]) -> tuple[int, int, int]:
+        """Shape of the codes of weights `[in,out]` = `shape`, as they are packed. Raises UserError as `groups` does."""
+        groups, size, n_out = self.groups(shape)
+        return groups, size // self.packed, n_out
 
     def scales(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
         """Name -> shape and dtype of what lies beside the codes of weights `[in,out]` = `shape`: a scale `[groups,out]`, or
         `[blocks]` where blocks run over the ends of a file's rows."""
-        (groups, size, n_out), blocks = self.codes(shape), math.ceil(math.prod(shape) / BLOCK)
+        (groups, size, n_out), blocks = self.groups(shape), math.ceil(math.prod(shape) / BLOCK)
         held = (blocks,) if self.name == "nf4" and size != BLOCK else (groups, n_out)
         if not self.double:
             return {"scale": (held, jnp.dtype(jnp.float32))}
@@ -75,16 +87,18 @@ class Scheme:
         """`codes` and the scales of `[out,in]` weights, as a file has them, of any float dtype. int8 and int4 round half to
         even."""
         weights = weights.astype(jnp.float32)
-        parts = weights.T.reshape(self.codes(weights.shape[::-1]))
+        parts = weights.T.reshape(self.groups(weights.shape[::-1]))
         if self.name == "nf4":
             return self._encode_nf4(weights, parts.shape)
-        scale = jnp.maximum(jnp.max(jnp.abs(parts), axis=1), TINY) / (127 if self.name == "int8" else 7)
-        return {"codes": jnp.round(parts / scale[:, None, :]).astype(self.dtype), "scale": scale}
+        scale = jnp.maximum(jnp.max(jnp.abs(parts), axis=1), TINY) / (127 if self.name == "int8" else MIDDLE - 1)
+        codes = jnp.round(parts / scale[:, None, :])
+        codes = codes.astype(self.dtype) if self.name == "int8" else _packed(codes.astype(jnp.int32) + MIDDLE)
+        return {"codes": codes, "scale": scale}
 
     def _encode_nf4(self, weights: jax.Array, shape: tuple[int, ...]) -> dict[str, jax.Array]:
         scaled, scale = _blocks(weights, BLOCK)
         codes = _nearest(scaled, np.array(NF4, np.float32)).reshape(-1)[: weights.size]
-        found = {"codes": codes.reshape(weights.shape).T.reshape(shape).astype(self.dtype)}
+        found = {"codes": _packed(codes.reshape(weights.shape).T.reshape(shape))}
         if not self.double:
             return found | {"scale": _by_output(scale, weights.shape)}
         offset = jnp.mean(scale)
@@ -98,13 +112,28 @@ class Scheme:
 
     def decode(self, codes: jax.Array, scales: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
         """The weights `[in,out]` that the codes stand for, in `dtype`; products in float32, as bitsandbytes has them."""
-        n_in, n_out = codes.shape[0] * codes.shape[1], codes.shape[2]
-        values = _looked_up(codes) if self.name == "nf4" else codes.astype(jnp.float32)
+        return jnp.concatenate(self.decoded(codes, scales, dtype))
+
+    def decoded(self, codes: jax.Array, scales: Mapping[str, jax.Array], dtype: jnp.dtype) -> list[jax.Array]:
+        """The same in as many parts of the inputs as share a byte."""
+        groups, size, n_out = codes.shape
+        n_in = groups * size * self.packed
         scale = self._scale(scales, (n_out, n_in))
         if scale.ndim == 2:
-            return (values * scale[:, None, :]).astype(dtype).reshape(n_in, n_out)
-        wide = jnp.broadcast_to(scale[:, None], (scale.shape[0], BLOCK)).reshape(-1)[: n_in * n_out]
-        return (values[0] * wide.reshape(n_out, n_in).T).astype(dtype)
+            wide = jnp.repeat(scale, self.packed, axis=0)[:, None, :] if self.packed > 1 else scale[:, None, :]
+        else:
+            blocks = jnp.broadcast_to(scale[:, None], (scale.shape[0], BLOCK)).reshape(-1)[: n_in * n_out]
+            wide = blocks.reshape(n_out, n_in).T.reshape(self.packed, size, n_out)
+        parts = zip(self.values(codes), jnp.split(wide, self.packed))
+        return [(values * part).astype(dtype).reshape(-1, n_out) for values, part in parts]
+
+    def values(self, codes: jax.Array) -> list[jax.Array]:
+        """What the codes stand for before they are scaled, float32 and in the shape of the codes, in parts as `decoded`."""
+        if self.name == "int8":
+            return [codes.astype(jnp.float32)]
+        index = codes.astype(jnp.int32)
+        halves = index & 15, index >> 4
+        return [_looked_up(half) if self.name == "nf4" else (half - MIDDLE).astype(jnp.float32) for half in halves]
 
     def _scale(self, scales: Mapping[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
         scale = scales["scale"]
@@ -113,6 +142,13 @@ class Scheme:
         outer = jnp.repeat(scales["scale_of_scale"], DOUBLE_BLOCK)[: scale.size]
         inner = jnp.asarray(dynamic_code())[scale.astype(jnp.int32)]
         return inner * _by_output(outer, shape) + scales["scale_offset"][0]
+
+
+def _packed(codes: jax.Array) -> jax.Array:
+    """Codes 0 to 15 `[groups,size,out]` as bytes `[groups,size / 2,out]`: the first half of all inputs below the second."""
+    groups, size, n_out = codes.shape
+    first, second = codes.astype(jnp.uint8).reshape(2, groups, size // 2, n_out)
+    return first | (second << 4)
 
 
 def _by_output(scale: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -141,10 +177,14 @@ def product(scheme: Scheme, x: jax.Array, codes: jax.Array, scales: Mapping[str,
 def _product(scheme: Scheme, x: jax.Array, codes: jax.Array, scales: Mapping[str, jax.Array]) -> jax.Array:
     if scheme.name != "int8":
         x, scales = jax.lax.optimization_barrier((x, scales))
-        return jnp.einsum("BSi,io->BSo", x, scheme.decode(codes, scales, x.dtype))
+        parts = zip(jnp.split(x, scheme.packed, axis=2), scheme.decoded(codes, scales, x.dtype))
+        return sum(_multiplied("BSi,io->BSo", *part) for part in parts).astype(x.dtype)
     # A scale per output is for what comes out, in float32; codes up to 127 are exact in bfloat16.
-    y = jnp.einsum("BSi,io->BSo", x, codes[0].astype(x.dtype))
-    return (y.astype(jnp.float32) * scales["scale"][None]).astype(x.dtype)
+    return (_multiplied("BSi,io->BSo", x, codes[0].astype(x.dtype)) * scales["scale"][None]).astype(x.dtype)
+
+
+def _multiplied(formula: str, x: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.einsum(formula, x, weights, preferred_element_type=jnp.float32)
 
 
 def _forward(
@@ -157,7 +197,8 @@ def _backward(scheme: Scheme, kept: Any, g: jax.Array) -> tuple[jax.Array, None,
     codes, scales = kept
     if scheme.name != "int8":
         g, scales = jax.lax.optimization_barrier((g, scales))
-        return jnp.einsum("BSo,io->BSi", g, scheme.decode(codes, scales, g.dtype)), None, None
+        parts = [jnp.einsum("BSo,io->BSi", g, part) for part in scheme.decoded(codes, scales, g.dtype)]
+        return jnp.concatenate(parts, axis=2), None, None
     scaled = (g.astype(jnp.float32) * scales["scale"][None]).astype(g.dtype)
     return jnp.einsum("BSo,io->BSi", scaled, codes[0].astype(g.dtype)), None, None
 
@@ -180,9 +221,8 @@ def _nearest(values: jax.Array, code: np.ndarray) -> jax.Array:
     )
 
 
-def _looked_up(codes: jax.Array) -> jax.Array:
-    """NF4 of four-bit codes, float32, by four rounds of selection: a gather of single weights would take far longer."""
-    index = codes.astype(jnp.int32)
+def _looked_up(index: jax.Array) -> jax.Array:
+    """NF4 of int32 codes, float32, by four rounds of selection: a gather of single weights would take far longer."""
     values = [jnp.float32(value) for value in NF4]
     for bit in range(4):
         chosen = (index >> bit) & 1 == 1
