@@ -4,8 +4,8 @@ Hardware: v5e-4, v6e-1 or larger; a GPU of 24 GB and more. Memory: 6.1 GB of bfl
 Work: 4.1 million real tokens, 50 PFLOP; at half of a v6e-1's peak that is two minutes of steps. That is arithmetic:
 the run itself has not been made here. No base score is published. Apple's repository brings no tokenizer: the model was trained
 with Llama 2's, which is gated: accept its licence at https://huggingface.co/meta-llama/Llama-2-7b-hf and run `hf auth login`.
-Planned 2026-11-21 by `jaxft.plan --batch auto` for v5e alone, not run: v5e-8 is cheapest and fastest (16 rows, dots, 10.5 of
-15.75 GiB a chip): 1.4 min, $0.23. What the published run paid is not published.
+Planned 2026-11-21 by `jaxft.plan --batch auto`, not run: v6e-8 is cheapest and fastest (32 rows, dots, 17.9 of 31.24 GiB a
+chip): 20 s, $0.12. What the published run paid is not published.
 """
 
 from jaxft.config import Config, Data, Eval, Lora, Model, Optim
