@@ -117,8 +117,8 @@ def test_arithmetics_flops_are_those_of_the_traced_step(settings, policy):
     )
 
 
-def nine(rows, policy="dots", **mesh):
-    settings = config.load("gemma2_9b.py")
+def nine(rows, policy="dots", base="none", **mesh):
+    settings = config.load("gemma2_9b.py", ["--model.quantize", base])
     source = model.sketch(settings.model, settings.lora)
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, **mesh}
     return row.described(program.with_batch(settings, rows), source, policy, sizes)
@@ -131,6 +131,19 @@ def nine(rows, policy="dots", **mesh):
 def test_arithmetics_memory_is_near_the_compilers(rows, policy, fsdp, gib):
     """Beside what the compiler said of Gemma 2 9B (tests/benchmarks/step.py, 2026-11-21)."""
     assert sum(estimate.memory(nine(rows, policy, fsdp=fsdp)).values()) / GIB == pytest.approx(gib, rel=0.2)
+
+
+@pytest.mark.parametrize(("base", "gib", "weights"), [("int8", 10.39, 9.47), ("int4", 7.11, 6.07), ("nf4", 7.11, 6.07)])
+def test_a_quantised_bases_memory_and_what_decoding_it_moves(base, gib, weights):
+    """Beside what the compiler said (`tpu_scripts/plan_matrix.sh quantized`, 2026-11-21)."""
+    step, plain = nine(1, "full", base), nine(1, "full")
+    found = estimate.memory(step)
+    assert found["weights_bytes_per_chip"] / GIB == pytest.approx(weights, abs=0.02)
+    assert sum(found.values()) / GIB == pytest.approx(gib, rel=0.1)
+    assert estimate.flops_per_token(step) == estimate.flops_per_token(plain)
+    # int8 is read as it lies, half of bfloat16; four bits are decoded first, which is written and read again.
+    moved = estimate.hbm_bytes(step) - estimate.hbm_bytes(plain)
+    assert moved < 0 if base == "int8" else moved > 0
 
 
 def test_the_9bs_bytes_on_paper():

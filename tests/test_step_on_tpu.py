@@ -47,8 +47,8 @@ def compiled(settings):
     return plan.compiled(settings, "v5e-8")
 
 
-def traced(name, policy, where="v5e-8", rows=8):
-    settings = config.load(name)
+def traced(name, policy, where="v5e-8", rows=8, *overrides):
+    settings = config.load(name, list(overrides))
     source = model.sketch(settings.model, settings.lora)
     mesh = make_mesh(devices=topology.devices(where))
     return source.arch, recompute.traceable(settings, source, mesh, 1000, (rows, 1024), policy)
@@ -174,5 +174,22 @@ def test_the_plan_lowers_the_step_that_train_compiles(settings, compiled):
 def test_gemma_2_9b_takes_no_more_of_a_v5e_chip_than_this(rows, gib):
     """Other slices take minutes to compile for: `python -m tests.benchmarks.step`."""
     _, found = traced("gemma2_9b.py", "dots", "v5e-8", rows)
+    executable = found.step.lower(*found.inputs).compile()
+    assert recompute.device_memory(executable) / 2**30 <= gib
+
+
+@pytest.mark.parametrize(
+    ("base", "gib"),
+    [
+        pytest.param("nf4", 7.2, marks=pytest.mark.slow),
+        pytest.param("int4", 7.2, marks=pytest.mark.exhaustive),
+        pytest.param("int8", 10.5, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_gemma_2_9b_trains_on_one_v5e_chip_with_a_quantised_base(base, gib):
+    """In bfloat16 its weights alone are more than the chip has."""
+    arch, found = traced("gemma2_9b.py", "full", "v5e-1", 1, "--model.quantize", base)
+    tokens = math.prod(found.inputs[2]["tokens"].shape)
+    assert sum(flops.of_step(found).values()) <= 1.5 * flops.ideal(arch, tokens)
     executable = found.step.lower(*found.inputs).compile()
     assert recompute.device_memory(executable) / 2**30 <= gib
