@@ -1,6 +1,7 @@
 """Quantised bases: codes as bitsandbytes and their definitions have them, and models that compute with what they decode to."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -141,9 +142,16 @@ def with_decoded(made, loaded):
     return made
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", ["llama", "gemma2", pytest.param("qwen2", marks=pytest.mark.slow),
-                                    pytest.param("gemma", marks=pytest.mark.slow), "openelm"])  # fmt: skip
+SOME = [("llama", "int8, embedding too"), ("llama", "nf4"), ("openelm", "int4")]
+FAMILIES = ("llama", "gemma2", "qwen2", "gemma", "openelm")
+REST = [pair for pair in itertools.product(FAMILIES, SCHEMES) if pair not in SOME]
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "scheme"), [*SOME, *(slow(*pair) for pair in REST)])
 def test_logits_are_torchs_with_the_decoded_weights(family, scheme, tmp_path):
     folder, made = saved(family, tmp_path)
     loaded = load(folder, **SCHEMES[scheme])
@@ -162,8 +170,9 @@ def loss_and_gradient(loaded):
     return jax.jit(jax.value_and_grad(nll))(loaded.trainable)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize(
+    ("scheme", "dora"), [("int8", True), ("nf4", False), slow("int8", False), slow("nf4", True), slow("int4", True)]
+)
 def test_an_adapter_trains_as_on_a_base_of_the_decoded_weights(scheme, dora, tmp_path):
     """Every gradient; with DoRA, lengths too are those of the decoded weights."""
     folder, made = saved("llama", tmp_path / "base")
@@ -177,7 +186,7 @@ def test_an_adapter_trains_as_on_a_base_of_the_decoded_weights(scheme, dora, tmp
         assert np.abs(gradient[path] - value).max() <= 1e-4 * np.abs(value).max(), path
 
 
-@pytest.mark.parametrize("scheme", ["int4", "nf4, double", "int8, embedding too"])
+@pytest.mark.parametrize("scheme", [slow("int4"), slow("nf4, double"), "int8, embedding too"])
 def test_eight_devices_hold_the_codes_of_one_and_compute_the_same(scheme, tmp_path):
     folder, _ = saved("llama", tmp_path)
     lora = Lora(rank=4, dropout=0.0)
