@@ -30,12 +30,8 @@ def two_steps(folder, mesh, embedding):
     return float(metrics["nll"]), float(metrics["grad_norm"])
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "family", ["gemma2", *(pytest.param(name, marks=SLOW) for name in ("gemma", "qwen2", "qwen3"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "gemma", "qwen2", "qwen3"])
 def test_eight_devices_equal_one(family, tmp_path):
     folder = save(tiny(family, vocab_size=96, num_key_value_heads=2), tmp_path)
     one = two_steps(folder, make_mesh(devices=jax.devices()[:1]), "embed_tokens")

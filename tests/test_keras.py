@@ -30,6 +30,8 @@ from jaxft.weights import keras
 from jaxft.weights.keras import tokenizer as keras_tokenizer
 from jaxft.weights.model import find, load_decoder, materialise
 
+pytestmark = pytest.mark.slow  # importing Keras alone takes twenty seconds
+
 LOGITS = 1e-4
 SPLIT = {"fsdp=8": config.Mesh(fsdp=8), "fsdp=4, tensor=2": config.Mesh(fsdp=4, tensor=2)}
 FAMILIES = {"Gemma": "gemma2", "Llama3": "llama3", "Qwen": "qwen"}  # a case of each tokenizer

@@ -171,7 +171,7 @@ def loss_and_gradient(loaded):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "dora"), [("int8", True), ("nf4", False), slow("int8", False), slow("nf4", True), slow("int4", True)]
+    ("scheme", "dora"), [("nf4", False), slow("int8", True), slow("int8", False), slow("nf4", True), slow("int4", True)]
 )
 def test_an_adapter_trains_as_on_a_base_of_the_decoded_weights(scheme, dora, tmp_path):
     """Every gradient; with DoRA, lengths too are those of the decoded weights."""
@@ -195,7 +195,7 @@ def test_eight_devices_hold_the_codes_of_one_and_compute_the_same(scheme, tmp_pa
     other = (
         config.Mesh(data=2, fsdp=4) if scheme == "int4" else config.Mesh(data=2, fsdp=2, tensor=2)
     )  # 3 groups are not 2
-    for shape in (config.Mesh(fsdp=8), other):
+    for shape in (other,) if "embedding" in scheme else (config.Mesh(fsdp=8), other):
         mesh = make_mesh(shape)
         eight = with_random_b(load(folder, lora, mesh=mesh, **SCHEMES[scheme]))
         for path, value in one.frozen.items():
