@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jaxft import command_line
-from jaxft.config import Run
+from jaxft.config import Model, Run
 from jaxft.errors import UserError, run_verb
 
 if TYPE_CHECKING:
@@ -42,6 +42,12 @@ class Options:
     """Prompts at a time."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Of weights and activations; auto is the run's, or the checkpoint's. Likelihoods are float32."""
+    quantize: Literal["none", "int8", "nf4", "int4"] | None = None
+    """How the base's linear layers are held; where None, as the adapter's run held them, or else as they are."""
+    quantize_group: Literal[32, 64, 128] = 64
+    """Inputs that share a scale of int4."""
+    quantize_double: bool = False
+    """Hold nf4's scales in eight bits too."""
     samples: int = 8
     """Answers per problem that vote in self-consistency; the harness's own task draws 64."""
     temperature: float | None = None
@@ -64,10 +70,16 @@ class Options:
     """Files (JSONL, JSON, CSV, Parquet) to ask instead."""
     shot_files: tuple[str, ...] = ()
     """Files from which shots are drawn instead."""
+    train_rows: int = 0
+    """So many of the run's training rows are asked too, as final_answer asks: what the run's report needs to decide whether it
+    is better on rows that it has seen."""
     train_files: tuple[str, ...] = ()
     """What the adapter was trained on, for the contamination check; where none, the run's own data."""
     include_path: str | None = None
     """Folder with task files of your own for lm-evaluation-harness."""
+    task_data: str | None = None
+    """Folder with downloads of the harness's data sets under their Hub names, such as allenai/ai2_arc in it, to work without
+    a network."""
     out: str | None = None
     """Folder to write, new or empty; where None, one below evaluations/, in the run folder if there is one."""
     compilation_cache: str | None = Run.compilation_cache
@@ -83,7 +95,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from jaxft.evals import harnessed, material, native, results, table
-    from jaxft.evals.subject import BASE, TUNED, open_subject
+    from jaxft.evals.subject import BASE, TUNED, open_model
     from jaxft.parallel.compilation import keep_compiled
 
     run = material.run_of(Path(options.adapter)) if options.adapter else None
@@ -95,18 +107,22 @@ def main(argv: list[str]) -> None:
     foreign = [name for name in names if name not in native.TASKS]
     if not names:
         raise UserError(f"--tasks: none given; native ones are {', '.join(native.TASKS)}")
+    if options.train_rows:
+        _check_train_rows(options, names, run)
+        own.append(native.SEEN)
     # Rows and tasks before weights: what is missing shows at once.
     rows = _rows(options, own, run)
-    tasks = harnessed.loaded(foreign, options.include_path, list(native.TASKS)) if foreign else None
+    native_names = list(native.TASKS)
+    tasks = harnessed.loaded(foreign, options.include_path, native_names, options.task_data) if foreign else None
+    warnings = harnessed.cautions(tasks, options.num_fewshot) if tasks else {}
     trained = material.trained_questions(run, options.train_files) if options.train_files or run else []
     keep_compiled(options.compilation_cache)
     sides = (BASE,) if not adapter else (TUNED,) if options.no_base else (BASE, TUNED)
-    tokenizer = options.tokenizer or (run.tokenizer if run and not options.model else None)
-    dtype = run.dtype if run and options.dtype == "auto" else options.dtype
-    subject = open_subject(model, adapter, tokenizer, dtype, sides=sides)
+    subject = open_model(_opened(options, model, adapter, run), sides)
     writes = jax.process_index() == 0
     if writes:
-        print(f"model: {model}" + (f", adapter {adapter}" if adapter else "") + f"; measuring {' and '.join(sides)}")
+        named = f"model: {model}, held as {subject.origin['held_as']}" + (f"; adapter {adapter}" if adapter else "")
+        print("\n".join([f"{named}; measuring {' and '.join(sides)}", *warnings.values()]), flush=True)
     facts = _facts(options, names, run, {task.name: material.described(rows[task.name]) for task in own})
     measured: list[Measurement] = []
     for more, said in _measured(options, own, rows, tasks, subject, run, writes):
@@ -125,8 +141,24 @@ def _check(options: Options) -> None:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise UserError(f"--num-fewshot: expected 0 or more, found {options.num_fewshot}")
+    if options.train_rows < 0:
+        raise UserError(f"--train-rows: expected 0 or more, found {options.train_rows}")
+    if options.quantize_double and options.quantize != "nf4":
+        raise UserError("--quantize-double: is for --quantize nf4 alone, which was not given")
     if options.no_base and not options.adapter:
         raise UserError("--no-base: there is no adapter; a base model alone needs no such flag")
+
+
+def _check_train_rows(options: Options, names: list[str], run: TrainingRun | None) -> None:
+    from jaxft.evals.native import TRAINING
+
+    if run is None:
+        raise UserError("--train-rows: which rows were trained on, a run folder tells; give one as --adapter")
+    if TRAINING not in names or options.data or options.test_files:
+        raise UserError(
+            f"--train-rows: compares with {TRAINING} on the run's own held-out rows; add it to --tasks, and leave --data and "
+            "--test-files out"
+        )
 
 
 def _base(options: Options, adapter: str | None, run: TrainingRun | None) -> str:
@@ -136,7 +168,24 @@ def _base(options: Options, adapter: str | None, run: TrainingRun | None) -> str
         raise UserError("--model: missing; give a Hub id, a local folder or builtin:tiny")
     from jaxft.weights.peft import base_name
 
-    return (run and run.base) or base_name(Path(adapter))
+    return (run and run.model.name) or base_name(Path(adapter))
+
+
+def _opened(options: Options, model: str, adapter: str | None, run: TrainingRun | None) -> Model:
+    """What is opened: as the options say and, where they are silent, as the run did."""
+    own = run.model if run else Model()
+    held = own if options.quantize is None else options
+    return Model(
+        name=model,
+        adapter=adapter,
+        tokenizer=options.tokenizer or (None if options.model else own.tokenizer),
+        dtype=own.dtype if options.dtype == "auto" else options.dtype,
+        quantize=held.quantize,
+        quantize_group=held.quantize_group,
+        quantize_double=held.quantize_double,
+        quantize_tables=held is own and own.quantize_tables,
+        quantize_skip=own.quantize_skip if held is own else (),
+    )
 
 
 def _folder(run: TrainingRun | None, model: str) -> Path:
@@ -162,7 +211,9 @@ def _rows(options: Options, own: list[Task], run: TrainingRun | None) -> dict[st
                 else material.of_options(options.data, options.split, options.test_files, options.shot_files)
             )
         held = found[of_run]
-        asked = held.asked[: options.limit]
+        if task.seen:
+            held = material.seen(run, held, options.train_rows)
+        asked = held.asked if task.seen else held.asked[: options.limit]
         native.check_rows(asked, f"{task.name}: {held.source}")
         needed = 0 if task.in_training_template or task.protocol.exemplars else task.protocol.shots
         needed = options.num_fewshot if needed and options.num_fewshot is not None else needed

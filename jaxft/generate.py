@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import jaxft
 from jaxft import command_line
-from jaxft.config import Run
+from jaxft.config import Model, Run
 from jaxft.errors import UserError, run_verb, visible
 
 
@@ -44,23 +45,40 @@ class Options:
     """none continues the text as it stands; plain and chat ask it as training with that template does."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Of weights and activations."""
+    quantize: Literal["none", "int8", "nf4", "int4"] = "none"
+    """How the base's linear layers are held."""
+    quantize_group: Literal[32, 64, 128] = 64
+    """Inputs that share a scale of int4."""
+    quantize_double: bool = False
+    """Hold nf4's scales in eight bits too."""
     compilation_cache: str | None = Run.compilation_cache
     """Folder where compiled programs are kept for the next start; None keeps none."""
 
 
 def main(argv: list[str]) -> None:
-    """Prints one answer per prompt on stdout."""
+    """Prints one answer per prompt on stdout; on stderr what the base is held as, and how fast that was."""
     options = command_line.parse(Options, argv, prog="python -m jaxft.generate", description=Options.__doc__ or "")
     prompts = [sys.stdin.read() if p == "-" else p for p in options.prompt]
-    from jaxft.evals.decode import Sampling, complete
+    from jaxft.evals.decode import Sampling, completions
     from jaxft.parallel.compilation import keep_compiled
+    from jaxft.weights.model import held_as
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.samples, options.seed)
     keep_compiled(options.compilation_cache)
-    model, tokenizer = jaxft.load(_base(options), options.dtype, options.adapter, options.tokenizer)
+    held = {name: getattr(options, name) for name in ("quantize", "quantize_group", "quantize_double")}
+    base = _base(options)
+    model, tokenizer = jaxft.load(base, options.dtype, options.adapter, options.tokenizer, **held)
     asked = prompts if options.template == "none" else _rendered(tokenizer, prompts, options.template)
     new = options.max_new_tokens
-    for answer in complete(model, tokenizer, asked, max_new_tokens=new, sampling=sampling, stop=options.stop):
+    began = time.perf_counter()
+    found = completions(model, tokenizer, asked, max_new_tokens=new, sampling=sampling, stop=options.stop)
+    seconds, tokens = time.perf_counter() - began, sum(count for _, count in found)
+    words = held_as(Model(**held), model.dtype)
+    print(
+        f"{base}, held as {words}: {tokens:,} tokens in {seconds:.2f} s, compiling included, {tokens / seconds:,.0f} tokens/s",
+        file=sys.stderr,
+    )
+    for answer, _ in found:
         answer = answer if options.template == "none" else answer.strip()
         print(visible(answer, but="\n\t") if sys.stdout.isatty() else answer)  # a model's words cannot drive a terminal
 

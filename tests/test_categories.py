@@ -1,6 +1,7 @@
 """What a problem's text says about its difficulty, and why a generated solution is wrong."""
 
 import json
+import time
 from collections import Counter
 from fractions import Fraction
 
@@ -56,6 +57,19 @@ def test_what_is_no_expression_of_numbers_has_no_value(text):
 )
 def test_equations_are_found_and_checked(text, true):
     assert [equation.true for equation in arithmetic.equations(text)] == true
+
+
+@pytest.mark.parametrize("text", ["1" * 100_000, "1=" + " " * 100_000 + "x", "1 " * 50_000 + "=3", "1=" * 20_000])
+def test_what_repeats_itself_for_long_is_read_in_linear_time(text):
+    """A search that is quadratic or worse takes minutes."""
+    began = time.process_time()
+    arithmetic.equations(text)
+    assert time.process_time() - began < 5
+
+
+def test_a_long_sum_is_an_equation():
+    (equation,) = arithmetic.equations("1+" * 20_000 + "1=20000")
+    assert equation.computed == 20_001 and not equation.true
 
 
 def test_every_annotation_of_gsm8k_holds(shared):

@@ -10,27 +10,19 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import peft_model, reload, save, tiny
+from evaluated import TINY, adapted, evaluated, of_harness, with_tokenizer, written
 
 import jaxft.evaluate
-import jaxft.tiny
+from jaxft import config
 from jaxft.data.rows import Row, Turn
 from jaxft.errors import UserError
+from jaxft.evals import material, native, results, table
 from jaxft.evals import measurement as measuring
-from jaxft.evals import native, results, table
 from jaxft.evals.measurement import Answer, Document, Measurement, Side
 from jaxft.evals.native import TASKS, Settings
 from jaxft.evals.subject import Subject, open_subject
 from jaxft.models import decoder
 from jaxft.tiny import problems
-
-TINY = Path(jaxft.tiny.__path__[0]) / "base"
-IGNORED = ["ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning", "ignore::ResourceWarning"]
-of_harness = [pytest.mark.filterwarnings(line) for line in IGNORED]  # the harness's and its libraries' own
-
-
-def written(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +34,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """An adapter of random values, which is enough to change every answer."""
-    folder = tmp_path_factory.mktemp("adapter")
-    peft_model(reload(TINY), target_modules=["q_proj", "v_proj", "down_proj"]).save_pretrained(folder)
-    return str(folder)
-
-
-def evaluated(*words, out):
-    jaxft.evaluate.main([*map(str, words), "--out", str(out), "--compilation-cache", "None"])
-    found = json.loads((out / "results.json").read_text())
-    lines = {
-        task: [json.loads(line) for line in (out / told["samples"]).read_text().splitlines()]
-        for task, told in found["tasks"].items()
-        if told["samples"]
-    }
-    return found, lines
+    return adapted(tmp_path_factory.mktemp("adapter"), "q_proj", "v_proj", "down_proj")
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +137,7 @@ def test_switching_any_adapter_off_gives_the_base_and_on_the_tuned_model(setting
     model = tiny("llama", vocab_size=96, attention_bias=True)
     base, adapter = save(model, tmp_path / "base"), tmp_path / "adapter"
     peft_model(reload(base), target_modules=["q_proj", "gate_proj"], **settings).save_pretrained(adapter)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (base / name).write_bytes((TINY / name).read_bytes())
+    with_tokenizer(base)
     both = open_subject(str(base), str(adapter), dtype="float32", sides=("base", "tuned"))
     plain = open_subject(str(base), dtype="float32")
     tuned = open_subject(str(base), str(adapter), dtype="float32")
@@ -294,6 +271,39 @@ def test_the_harness_finds_jaxft_by_its_entry_point():
     assert issubclass(getattr(importlib.import_module(module), name), LM)
 
 
+def test_half_a_surrogate_pair_is_hashed_and_written_as_its_escape(tmp_path):
+    measurement = made_up([0.0], [1.0])
+    (document,) = measurement.documents
+    broken = replace(document, question="Tom \ud83d", prompt_sha256=measuring.sha256("Tom \ud83d"))
+    measurement = replace(measurement, documents=[broken])
+    results.write(
+        tmp_path / "out", results.content([measurement], ["Tom \ud83d"], {"model": "m"}, {}, {}), [measurement]
+    )
+    (line,) = (tmp_path / "out" / "samples_made_up.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line)["question"] == broken.question
+    assert broken.prompt_sha256 == hashlib.sha256(b"Tom \\ud83d").hexdigest()
+
+
+def test_what_is_opened_is_what_the_run_had_unless_said_otherwise():
+    own = config.Model(
+        "base",
+        tokenizer="t",
+        dtype="bfloat16",
+        quantize="nf4",
+        quantize_double=True,
+        quantize_tables=True,
+        quantize_skip=("q_proj",),
+    )
+    run = material.Run(Path("run"), config.Data(), 0, 8, own)
+    options = jaxft.evaluate.Options(("gsm8k",))
+    same = jaxft.evaluate._opened(options, "base", "run/adapter", run)
+    assert same == replace(own, adapter="run/adapter")
+    other = jaxft.evaluate._opened(replace(options, quantize="none", dtype="float32"), "base", "run/adapter", run)
+    assert (other.dtype, other.quantize, other.quantize_skip) == ("float32", "none", ())
+    alone = jaxft.evaluate._opened(replace(options, quantize="int4", quantize_group=32), "m", None, None)
+    assert alone == config.Model("m", quantize="int4", quantize_group=32)
+
+
 def read_row(row):
     return Row((Turn("user", row["question"]), Turn("assistant", row["answer"])), "test:1")
 
@@ -354,7 +364,18 @@ def test_a_model_that_gives_nan_is_refused():
         ),
         ("--model builtin:tiny --tasks gsm8k --no-base", "--no-base: there is no adapter"),
         ("--model builtin:tiny --tasks gsm8k --limit 0", "--limit: expected at least 1, found 0"),
-        ("--model {other} --adapter {adapter} --tasks final_answer --test-files {test}", "layers.0.*expected A"),
+        (
+            "--model {other} --adapter {adapter} --tasks final_answer --test-files {test}",
+            r"layers.0.*expected A .* found .*; the adapter names '.*/base' as its base, the model is '.*other' \(llama, 1 l",
+        ),
+        (
+            "--model builtin:tiny --tasks final_answer --train-rows 3",
+            "--train-rows: which rows were trained on, a run folder",
+        ),
+        (
+            "--model builtin:tiny --tasks final_answer --quantize-double",
+            "--quantize-double: is for --quantize nf4 alone",
+        ),
         ("--model builtin:tiny --adapter nowhere --tasks final_answer --test-files {test}", "no folder nowhere"),
     ],
 )
@@ -363,9 +384,7 @@ def test_a_mistake_is_one_line(words, said, files, adapter, task_files, tmp_path
     text = written(tmp_path / "text.jsonl", [{"question": "Why?", "answer": "Because."}])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "results.json").write_text("{}")
-    other = save(tiny("llama", vocab_size=96, num_hidden_layers=1), tmp_path / "other")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (other / name).write_bytes((TINY / name).read_bytes())
+    other = with_tokenizer(save(tiny("llama", vocab_size=96, num_hidden_layers=1), tmp_path / "other"))
     places = {
         "test": files[0],
         "text": text,
@@ -382,7 +401,6 @@ def test_a_mistake_is_one_line(words, said, files, adapter, task_files, tmp_path
 
 @pytest.mark.slow
 def test_a_runs_own_rows_settings_and_training_rows_are_found_in_its_folder(tmp_path):
-    from jaxft import config
     from jaxft.train import run
 
     changes = [
@@ -397,7 +415,7 @@ def test_a_runs_own_rows_settings_and_training_rows_are_found_in_its_folder(tmp_
     ]
     run(config.load("tiny_cpu.py", changes))
     found, lines = evaluated(
-        "--adapter", tmp_path / "run", "--tasks", "final_answer", "--limit", 4, out=tmp_path / "out"
+        "--adapter", tmp_path / "run", "--tasks", "final_answer", "--limit", 4, "--train-rows", 3, out=tmp_path / "out"
     )
     before = json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]["final_answer"]
     for side in ("base", "tuned"):
@@ -407,6 +425,14 @@ def test_a_runs_own_rows_settings_and_training_rows_are_found_in_its_folder(tmp_
         )
         for line, example in zip(lines["final_answer"], before[side]["examples"]):
             assert line["question"] == example["prompt"] and line[side]["output"] == example["answer"]
+    trained = {row["question"] for row in problems.rows("train", 4000)}
+    asked = [line["question"] for line in lines["final_answer_train_rows"]]
+    assert len(asked) == 3 and set(asked) <= trained
+    assert found["tasks"]["final_answer_train_rows"]["seen"] and not found["tasks"]["final_answer"]["seen"]
+    assert [row["task"] for row in found["panel"]] == ["final_answer"]
+    assert any(line.startswith("final_answer_train_rows: 3 rows that training saw") for line in found["verdicts"])
+    with pytest.raises(UserError, match="--train-rows: compares with final_answer on the run's own held-out rows"):
+        evaluated("--adapter", tmp_path / "run", "--tasks", "gsm8k", "--train-rows", 3, out=tmp_path / "other")
     assert found["run"] == str(tmp_path / "run") and found["tasks"]["final_answer"]["contamination"]["trained"] > 1000
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
-from checkpoints import llama, load, peft_model, save, tokens
+from checkpoints import llama, load, save, tokens
+from evaluated import TINY, adapted, of_harness, written
 
-import jaxft.tiny
 from jaxft.config import Mesh
 from jaxft.errors import UserError
 from jaxft.evals.score import Request, Scorer
@@ -18,14 +17,8 @@ from jaxft.tiny import problems
 
 lm_eval = pytest.importorskip("lm_eval")
 
-TINY = str(Path(jaxft.tiny.__path__[0]) / "base")
-IGNORED = ["ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning", "ignore::ResourceWarning"]
-pytestmark = [pytest.mark.filterwarnings(line) for line in IGNORED]  # the harness's and its libraries' own
-
-
-def written(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+TINY = str(TINY)
+pytestmark = of_harness
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +64,7 @@ def measured(model, tasks, **options):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    from transformers import AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("adapter")
-    peft_model(
-        AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), target_modules=["q_proj", "down_proj"]
-    ).save_pretrained(folder)
-    return str(folder)
+    return adapted(tmp_path_factory.mktemp("adapter"), "q_proj", "down_proj")
 
 
 def test_every_kind_of_task_gives_the_results_of_the_transformers_backend(tasks, adapter):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,31 @@ def test_the_overfitting_flag_is_the_analysiss_on_examples(run, figures, written
     assert found["flag"] is expected.flag is True and found["rule"] == overfitting.RULE
     assert [s["figures"] for s in found["signs"]] == [s.figures for s in expected.signs]
     assert overfitting.RULE.split(";")[0].replace("<", "\\<") in written
+
+
+def asked_of_both(folder, seen, held):
+    """An evaluation of 60 training rows and 60 held-out ones, of which the tuned model solves these shares."""
+    rows = word_problems(60, "train"), word_problems(60)
+    own = [
+        replace(measurement(name, asked, replies(asked, 0.0, 1), replies(asked, share, 2)), seen=name != "final_answer")
+        for name, asked, share in zip(("final_answer_train_rows", "final_answer"), rows, (seen, held))
+    ]
+    evaluation(folder, f"2026030{3 + len(list((folder / 'evaluations').glob('*')))}-000000", own)
+    return own
+
+
+def test_answers_to_training_rows_decide_the_third_clause_and_are_no_score(tmp_path, undrawn):
+    folder = whole(tmp_path / "run", levels=(2.0, 0.8, 0.8))
+    for seen, held, raised in ((1.0, 0.2, True), (0.5, 0.45, False)):
+        own = asked_of_both(folder, seen, held)
+        shares = [(m.values("tuned", m.primary) == 1).tolist() for m in own]
+        found = report.write(folder)
+        sign = next(s for s in found["overfitting"]["signs"] if s["clause"] == "exact match")
+        assert sign["raised"] is raised
+        assert sign["figures"] == overfitting.verdict(exact=tuple(shares)).signs[2].figures
+        assert "final_answer" in str(found["tasks"]) and "train_rows" not in str(found["tasks"])
+    assert "of training rows" in (folder / "report.md").read_text()
+    assert all(row["task"] != "final_answer_train_rows" for row in found["panel"])
 
 
 def of_lines(tmp_path, evaluations, probe=None, name="run") -> dict:

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxft.errors import UserError
 from jaxft.evals.protocols import cut
+from jaxft.evals.tokens import check
 from jaxft.models import decoder
 from jaxft.parallel.sharding import batch_ways, constrain, on_host
 
@@ -124,11 +125,7 @@ class Generator:
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise UserError(f"prompt {i}: empty; give at least one token")
-            strange = [token for token in prompt if not 0 <= token < self.vocab_size]
-            if strange:
-                raise UserError(
-                    f"prompt {i}: token {strange[0]} is not in the model's vocabulary, which ends at {self.vocab_size - 1}"
-                )
+            check(prompt, self.vocab_size, f"prompt {i}")
             if len(prompt) + max_new_tokens > self.max_positions:
                 raise UserError(
                     f"prompt {i}: {len(prompt)} tokens + {max_new_tokens} new ones exceed the model's {self.max_positions} "
@@ -266,13 +263,27 @@ def complete(
 
     `sampling.samples` texts per prompt, a prompt's side by side, each cut before the first of `stop`.
     """
+    options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop}
+    return [text for text, _ in completions(model, tokenizer, prompts, **options)]
+
+
+def completions(
+    model: decoder.Decoder,
+    tokenizer: Any,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str],
+) -> list[tuple[str, int]]:
+    """The texts of `complete`, each with the number of tokens generated for it."""
     if isinstance(prompts, str):
         raise UserError(f"prompts: expected a list of texts, found one text; pass [{prompts[:20]!r}]")
     tokens = [list(tokenizer(p)["input_ids"]) if isinstance(p, str) else list(p) for p in prompts]
     generator = Generator(model, eos_ids(model, tokenizer), tokenizer)
     new = generator(tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
     asked = [prompt for prompt in tokens for _ in range(sampling.samples)]
-    return [cut(continuation(tokenizer, before, after), stop) for before, after in zip(asked, new)]
+    return [(cut(continuation(tokenizer, before, after), stop), len(after)) for before, after in zip(asked, new)]
 
 
 def continuation(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:

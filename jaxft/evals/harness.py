@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,16 +45,21 @@ class JaxftLM(TemplateLM):
         seed: int = 1234,
         max_batch_size: int | None = None,
         device: str | None = None,
+        quantize: str = "none",
+        quantize_group: int = 64,
+        quantize_double: bool = False,
     ):
         """`dtype` is that of weights and activations (auto: the checkpoint's); likelihoods are float32 whatever it is.
 
         `pretrained` may be what is loaded already; then `side` says as which of its sides it answers, and may be set
         between tasks. `batch_size` auto is 16. `add_bos_token` None leaves it to the tokenizer. `seed` is that of sampling.
+        `quantize` (none, int8, nf4, int4) and what belongs to it are how the base's linear layers are held.
         `max_batch_size` and `device` are what the harness hands to every model: devices are JAX's.
         """
         super().__init__()
         loaded = isinstance(pretrained, Subject)
-        self.subject = pretrained if loaded else open_subject(pretrained, adapter, tokenizer, dtype)
+        held = {"quantize": quantize, "quantize_group": quantize_group, "quantize_double": quantize_double}
+        self.subject = pretrained if loaded else open_subject(pretrained, adapter, tokenizer, dtype, **held)
         self.side = next(iter(self.subject.sides))
         self.model, self.tokenizer = self.subject.model, self.subject.tokenizer
         self.batch_size = BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
@@ -108,6 +114,7 @@ class JaxftLM(TemplateLM):
         asked = [Request(context, continuation) for _, context, continuation in requests]
         scores = self._scorer(asked, self._trainable)
         answers = [(float(score.log_probability), score.greedy) for score in scores]
+        check_finite([value for value, _ in answers], self.side)
         for (text, _, _), answer in zip(requests, answers):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, answer)
@@ -128,6 +135,7 @@ class JaxftLM(TemplateLM):
             found += [Request(*utils.make_disjoint_window(window)) for window in windows]
             spans.append(slice(start, len(found)))
         scores = [score.log_probability for score in self._scorer(found, self._trainable)]
+        check_finite(scores, self.side)
         return [sum(scores[span]) for span in spans]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -190,6 +198,17 @@ class JaxftLM(TemplateLM):
     @property
     def _trainable(self) -> dict[str, Any]:
         return self.subject.sides[self.side]
+
+
+def check_finite(scores: Sequence[float], side: str) -> None:
+    """Raises UserError where a log-likelihood is no number: to the harness, NaN is the best choice (numpy's argmax), and the
+    first one of several, which is always the right one in truthfulqa_mc1."""
+    strange = [i for i, score in enumerate(scores) if not math.isfinite(score)]
+    if strange:
+        raise UserError(
+            f"the {side} model gives {scores[strange[0]]} as the log-likelihood of {len(strange):,} of {len(scores):,} "
+            "continuations; check its weights, or load it with --dtype float32"
+        )
 
 
 def _repeated(requests: Sequence[Any]) -> list[list[int]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,17 @@ PREFERRED = ("acc_norm", "f1", "exact_match", "acc")
 """Metrics of which the first that a task has stands for it, as leaderboards do; else its own first one."""
 
 
-def loaded(names: Sequence[str], include_path: str | None, native: Sequence[str]) -> dict[str, Any]:
+SHOT_OF_KEYS = "answer|join(',')"
+"""In DROP's task file: the shots' answers are the joined names of fields, since `answer` has those (harness issue 2137)."""
+
+
+def loaded(
+    names: Sequence[str], include_path: str | None, native: Sequence[str], task_data: str | None = None
+) -> dict[str, Any]:
     """The harness's tasks and groups of these names, with their data. Raises UserError for unknown names and missing data.
 
-    `native` are names that are known beside the harness's, to suggest.
+    `native` are names that are known beside the harness's, to suggest. `task_data` is a folder with data sets under their
+    Hub names; relative paths in task files begin there too.
     """
     try:
         import lm_eval.tasks  # noqa: F401
@@ -34,9 +43,10 @@ def loaded(names: Sequence[str], include_path: str | None, native: Sequence[str]
         ) from error
     for name in ("lm_eval", "datasets", "huggingface_hub"):  # lines on stderr before the one that says what is wrong
         logging.getLogger(name).setLevel(logging.ERROR)
-    if include_path is not None and not Path(include_path).is_dir():
-        raise UserError(f"--include-path: no folder {include_path}")
-    manager = _manager(include_path)
+    for option, folder in (("--include-path", include_path), ("--task-data", task_data)):
+        if folder is not None and not Path(folder).is_dir():
+            raise UserError(f"{option}: no folder {folder}")
+    manager = _manager(include_path and str(Path(include_path).absolute()))
     known = [*native, *manager.all_tasks]
     for name in names:
         if name not in manager.all_tasks:
@@ -46,10 +56,39 @@ def loaded(names: Sequence[str], include_path: str | None, native: Sequence[str]
             )
     found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
-        part = _load(manager, name)
+        part = _load(manager, name, task_data)
         for kind, of_kind in found.items():
             of_kind.update(part[kind])
+    for task in found["tasks"].values():
+        _keep_from_underflow(task)
     return found
+
+
+def cautions(tasks: Mapping[str, Any], shots: int | None) -> dict[str, str]:
+    """Task -> what is wrong with the harness's own way of asking it so."""
+    said = (
+        "{}: as a shot's answer lm-evaluation-harness shows the names of DROP's fields (number,date,spans,…), never an answer "
+        "(its issue 2137), so that this is no few-shot score and compares with none; without --num-fewshot the task is sound"
+    )
+    asked = {name: task.get_config("num_fewshot") if shots is None else shots for name, task in tasks["tasks"].items()}
+    return {
+        name: said.format(name)
+        for name, task in tasks["tasks"].items()
+        if asked[name] and SHOT_OF_KEYS in str(task.get_config("doc_to_target"))
+    }
+
+
+def _keep_from_underflow(task: Any) -> None:
+    """truthfulqa_mc2 divides probabilities by their sum, which is 0 where all are below e^-745: the same after a shift."""
+    scores = task.config.process_results
+    if getattr(scores, "__name__", "") == "process_results_mc2":
+
+        @functools.wraps(scores)
+        def shifted(doc: Any, results: Sequence[tuple[float, bool]]) -> Any:
+            most = max(value for value, _ in results)
+            return scores(doc, [(value - most, greedy) for value, greedy in results])
+
+        task.config.process_results = shifted
 
 
 @functools.lru_cache(maxsize=1)
@@ -60,14 +99,17 @@ def _manager(include_path: str | None) -> Any:
     return TaskManager(include_path=include_path)
 
 
-def _load(manager: Any, name: str) -> dict[str, Any]:
+def _load(manager: Any, name: str, task_data: str | None) -> dict[str, Any]:
     try:
-        return manager.load([name])
+        # `datasets` takes a relative folder of a data set's name for the data set.
+        with contextlib.chdir(task_data or "."):
+            return manager.load([name])
     except Exception as error:  # of `datasets` and of whatever a task runs: dozens of types; the chain keeps them
         what = one_line(error) or type(error).__name__
         raise UserError(
             f"--tasks: {name}: its data cannot be loaded ({type(error).__name__}: {what:.300}); connect to the network once, "
-            "or give a task with local files by --include-path"
+            "or download the data set elsewhere and give by --task-data the folder in which it lies under its own name, or "
+            "give a task with local files by --include-path"
         ) from error
 
 
@@ -82,7 +124,8 @@ def measure(
     chat: bool = False,
     told: Callable[[str, Side], None] = lambda side, found: None,
 ) -> tuple[list[Measurement], dict[str, Any]]:
-    """Each group's whole and each task, and what the harness says of versions, shots and configurations."""
+    """Each group's whole and each task, and what the harness says of versions, shots and configurations. `told` hears of each
+    side when it is done: all tasks in one."""
     from jaxft.evals.harness import JaxftLM
 
     lm = JaxftLM(subject, batch_size=batch_size, seed=seed)
@@ -90,25 +133,22 @@ def measure(
     for name in subject.sides:
         lm.side = name
         sides[name] = _evaluated(lm, tasks, limit, shots, chat)
-        for task in tasks["tasks"]:
-            told(name, _side(sides[name], task))
+        answers = [answer for task in tasks["tasks"] for answer in _side(sides[name], task).answers]
+        told(name, Side(answers, sides[name]["seconds"], sides[name]["tokens"], {}))
     last = sides[list(sides)[-1]]["results"]
     single = [_measurement(name, task, sides, last) for name, task in tasks["tasks"].items()]
     grouped = [_group(name, group, single, sides, last) for name, group in tasks["groups"].items()]
     for measurement in single:
         check_pairs(measurement)
-    return [*(g for g in grouped if g is not None), *_placed(single, tasks)], {
+    return _placed([*(g for g in grouped if g is not None), *single], tasks), {
         key: last[key] for key in ("versions", "n-shot", "configs", "higher_is_better", "n-samples", "group_subtasks")
     }
 
 
-def _placed(single: list[Measurement], tasks: dict[str, Any]) -> list[Measurement]:
-    from dataclasses import replace
-
-    owner = {
-        task.task_name: name for name, group in tasks["groups"].items() for task in group.get_all_tasks(recursive=True)
-    }
-    return [replace(m, member_of=owner.get(m.task)) for m in single]
+def _placed(measurements: list[Measurement], tasks: dict[str, Any]) -> list[Measurement]:
+    """With the group to which each belongs; MMLU's tasks belong to its four parts, and these to MMLU."""
+    owner = {member: name for name, members in tasks["group_map"].items() for member in members}
+    return [replace(m, member_of=owner.get(m.task)) for m in measurements]
 
 
 def _evaluated(lm: Any, tasks: dict[str, Any], limit: int | None, shots: int | None, chat: bool) -> dict[str, Any]:
@@ -178,6 +218,7 @@ def _measurement(name: str, task: Any, sides: dict[str, dict[str, Any]], results
         Document(i, of[0]["prompt_hash"], _text(task, of[0]["doc"]), str(of[0]["target"])) for i, of in rows.items()
     ]
     found = {side: _side(measured, name) for side, measured in sides.items()}
+    caution = cautions({"tasks": {name: task}}, None).get(name)  # the task was told its shots
     config = results["configs"][name]
     keys = ("output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "generation_kwargs", "filter_list",
             "dataset_path", "dataset_name", "dataset_kwargs", "test_split", "validation_split")  # fmt: skip
@@ -185,6 +226,7 @@ def _measurement(name: str, task: Any, sides: dict[str, dict[str, Any]], results
         "protocol": f"lm-evaluation-harness {_version()} {name}, version {results['versions'].get(name)}",
         "shots": results["n-shot"].get(name),
         "shot_seed": SHOT_SEED,
+        **({"caution": caution} if caution else {}),
         **{key: config[key] for key in keys if config.get(key) is not None},
     }
     choices = [len(of[0]["arguments"]) for of in rows.values()]

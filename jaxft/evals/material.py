@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxft import config
 from jaxft.data import rows
+from jaxft.data.loader import sample
 from jaxft.data.rows import Row
 from jaxft.errors import UserError, one_line
 from jaxft.evals.tasks import question
@@ -34,9 +35,8 @@ class Run:
     data: config.Data
     seed: int
     max_new_tokens: int
-    base: str | None
-    tokenizer: str | None
-    dtype: str
+    model: config.Model
+    """The run's section of that name; its own name is "" where the run's is not known."""
 
     @property
     def adapter(self) -> Path:
@@ -49,18 +49,21 @@ def run_of(folder: Path) -> Run | None:
     place = folder.parent if folder.name == "adapter" and not (folder / "config.json").is_file() else folder
     try:
         settings = json.loads((place / "config.json").read_text())
-        data, run, model = settings["data"], settings["run"], settings["model"]
-        known = {field.name for field in fields(config.Data)}
-        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
+        data, model = _section(config.Data, settings["data"]), _section(config.Model, settings["model"])
+        run, limits = settings["run"], settings.get("eval", {})
+        seed, longest = run.get("seed", 0), limits.get("max_new_tokens", 256)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     if not (place / "adapter" / "adapter_config.json").is_file():
         whole = f"; it trained every weight: give --model {place / 'model'}" if (place / "model").is_dir() else ""
         raise UserError(f"--adapter {folder}: a run folder without an adapter{whole}")
-    return Run(
-        place, config.Data(**kept), run.get("seed", 0), settings.get("eval", {}).get("max_new_tokens", 256),
-        model.get("name"), model.get("tokenizer"), model.get("dtype", "auto"),
-    )  # fmt: skip
+    return Run(place, data, seed, longest, model)
+
+
+def _section(record: type, told: Mapping[str, Any]) -> Any:
+    """A section of a resolved config, with the fields that this version knows."""
+    known = {field.name for field in fields(record)}
+    return record(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k in known})
 
 
 def of_run(run: Run) -> Material:
@@ -69,6 +72,13 @@ def of_run(run: Run) -> Material:
     label = "test" if splits.test else "validation"
     where = " ".join(run.data.test_files or run.data.files) or run.data.name
     return Material(splits.test or splits.validation, splits.train, f"{label} rows of {where} (the run's own)")
+
+
+def seen(run: Run, held: Material, count: int) -> Material:
+    """`count` of the run's training rows, `held.pool`, drawn by the run's seed as training draws its probe."""
+    drawn = sample(min(count, len(held.pool)), len(held.pool), run.seed)
+    source = held.source.replace("test rows", "training rows").replace("validation rows", "training rows")
+    return Material([held.pool[i] for i in drawn], held.pool, source)
 
 
 def trained_questions(run: Run | None, files: Sequence[str]) -> list[str]:

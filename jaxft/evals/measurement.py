@@ -63,7 +63,7 @@ class Side:
 class Measurement:
     """`protocol` says how it was asked, JSON-ready; `metrics` are keys with whether more is better, the first one counts
     in the panel. `clusters` are documents that are drawn together (MMLU's subjects, DROP's passages). `group` says that
-    this is the whole of several tasks, `member_of` is the group whose part the task is."""
+    this is the whole of several tasks, `member_of` is the group whose part the task is, `seen` that training saw the rows."""
 
     task: str
     backend: str
@@ -74,6 +74,7 @@ class Measurement:
     clusters: Sequence[str] | None = None
     group: bool = False
     member_of: str | None = None
+    seen: bool = False
     chance: float | None = None
 
     @property
@@ -104,8 +105,8 @@ class Measurement:
 
 
 def sha256(text: str) -> str:
-    """As lm-evaluation-harness hashes prompts."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    """As lm-evaluation-harness hashes prompts; half a surrogate pair, at which it fails, counts as its escape."""
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
 
 
 def check_pairs(measurement: Measurement) -> None:

@@ -40,6 +40,8 @@ class Task:
     protocol: Protocol
     votes: bool = False
     refined: bool = False
+    seen: bool = False
+    """Whether the rows are those trained on."""
 
     @property
     def in_training_template(self) -> bool:
@@ -56,6 +58,8 @@ TASKS = {
         Task(f"{TRAINING}_self_consistency", replace(_TRAINING, extractors=(STRICT,), temperature=0.2), votes=True),
     )
 }
+
+SEEN = Task(f"{TRAINING}_train_rows", _TRAINING, seen=True)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ def measure(
         tokens = sum(each.tokens for part in (said, second or []) for samples in part for each in samples)
         sides[name] = Side(answers, seconds, tokens, _results(task, answers))
         told(name, sides[name])
-    measurement = Measurement(task.name, "native", asker.described(prompts, documents), documents, sides, metrics)
+    protocol = asker.described(prompts, documents)
+    measurement = Measurement(task.name, "native", protocol, documents, sides, metrics, seen=task.seen)
     check_pairs(measurement)
     return measurement
 

@@ -8,12 +8,14 @@ what was asked for. `results.json`, one object:
   measured. `versions`, `n-shot`, `configs`, `higher_is_better`, `n-samples`, `group_subtasks`: of the harness's tasks, as it
   gives them.
 - `format`: 1. `date`: ISO 8601, UTC. `command`: the arguments. `software`: package -> version. `device`. `seeds`.
-- `model`: what was opened (`model`, `commit`, `family`, `dtype`, `config_sha256`, `adapter`, `adapter_sha256`, `parameters`).
+- `model`: what was opened (`model`, `commit`, `family`, `dtype`, `quantize`, `held_as`, `config_sha256`, `adapter`,
+  `adapter_sha256`, `parameters`).
   `sides`: `["base", "tuned"]`, or one of them. `run`: the run folder whose adapter it is, or null.
 - `tasks`: task -> object with
     - `backend` (native or lm-eval), `protocol` (how it was asked: protocol, shots, decoding, stops, template, seeds,
       `cut_prompts`, `prompts_sha256`, `rows_sha256`), `documents`, `primary` (the metric that counts in the panel),
-      `member_of` (the group whose part it is, or null), `chance` (what guessing scores, or null)
+      `member_of` (the group whose part it is, or null), `seen` (whether training saw the rows: no score, no part of the
+      panel), `chance` (what guessing scores, or null)
     - `sides`: side -> `metrics` (metric -> `value`, `interval`, `interval_kind`, `stderr`), `invalid` (filter -> share in which
       nothing was found), `truncated` (share cut at the limit of new tokens, or null), `documents`, `generated_tokens`,
       `seconds` (compiling included; for lm-eval those of all its tasks together), `tokens_per_second`
@@ -100,8 +102,8 @@ def content(
 
 
 def judged(measurements: Sequence[Measurement]) -> list[PanelRow]:
-    """The panel: one row for each task that is no part of a group; none without two sides."""
-    return panel([measuring.of_panel(m) for m in measurements if m.paired and m.member_of is None])
+    """The panel: one row for each task on unseen rows that is no part of a group; none without two sides."""
+    return panel([measuring.of_panel(m) for m in measurements if m.paired and m.member_of is None and not m.seen])
 
 
 def _task(measurement: Measurement, trained: Sequence[str]) -> dict[str, Any]:
@@ -111,6 +113,7 @@ def _task(measurement: Measurement, trained: Sequence[str]) -> dict[str, Any]:
         "documents": len(measurement.documents),
         "primary": measurement.primary,
         "member_of": measurement.member_of,
+        "seen": measurement.seen,
         "chance": measurement.chance,
         "sides": {side: measuring.shares(measurement, side) for side in measurement.sides},
         "comparisons": measuring.comparisons(measurement),
@@ -124,7 +127,7 @@ def _task(measurement: Measurement, trained: Sequence[str]) -> dict[str, Any]:
 
 def _contamination(measurement: Measurement, trained: Sequence[str]) -> dict[str, Any] | None:
     texts = [document.question for document in measurement.documents]
-    if not trained or measurement.group or not any(texts):
+    if not trained or measurement.group or measurement.seen or not any(texts):
         return None
     found = _shared(tuple(trained), tuple(texts))
     last = list(measurement.sides)[-1]
@@ -167,6 +170,12 @@ def verdicts(measurements: Sequence[Measurement], rows: Sequence[PanelRow], task
 
 def _cautions(measurement: Measurement, told: Mapping[str, Any]) -> list[str]:
     said, task = [], measurement.task
+    if measurement.seen:
+        return [
+            f"{task}: {told['documents']:,} rows that training saw: not a score, but what unseen rows are held against"
+        ]
+    if caution := told["protocol"].get("caution"):
+        said.append(caution)
     filters = measurement.primary.partition(",")[2]
     for side, numbers in told["sides"].items():
         invalid, cut = numbers["invalid"].get(filters, 0.0), numbers["truncated"] or 0.0
@@ -220,8 +229,13 @@ def write(folder: Path, results: Mapping[str, Any], measurements: Sequence[Measu
     for measurement in measurements:
         if not measurement.group:
             lines = (json.dumps(_plain(line), ensure_ascii=False) for line in measuring.sample_lines(measurement))
-            (folder / _file_name(measurement)).write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    (folder / "results.json").write_text(json.dumps(_plain(results), indent=2, ensure_ascii=False) + "\n", "utf-8")
+            _write(folder / _file_name(measurement), "".join(f"{line}\n" for line in lines))
+    _write(folder / "results.json", json.dumps(_plain(results), indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    """JSON, in which half a surrogate pair, which is no Unicode text, stands as its escape."""
+    file.write_text(text, "utf-8", "backslashreplace")
 
 
 def _file_name(measurement: Measurement) -> str:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.errors import UserError
+from jaxft.evals.tokens import check
 from jaxft.models import decoder
 from jaxft.parallel.sharding import batch_ways, constrain, on_host
 
@@ -70,11 +71,7 @@ class Scorer:
             raise UserError(
                 f"request {i}: a continuation of {len(request.continuation)} tokens; the model reads at most {self.max_length}"
             )
-        strange = [t for t in (*request.context, *request.continuation) if not 0 <= t < self.vocab_size]
-        if strange:
-            raise UserError(
-                f"request {i}: token {strange[0]} is not in the model's vocabulary, which ends at {self.vocab_size - 1}"
-            )
+        check((*request.context, *request.continuation), self.vocab_size, f"request {i}")
 
     def _score(
         self,

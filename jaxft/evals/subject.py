@@ -13,9 +13,10 @@ import jax
 from jaxft import config
 from jaxft.data.chat import load_tokenizer
 from jaxft.models.decoder import Decoder
+from jaxft.models.tensors import count_parameters
 from jaxft.parallel.mesh import make_mesh
 from jaxft.weights import load
-from jaxft.weights.model import Loaded, Source, find, materialise
+from jaxft.weights.model import Loaded, Source, find, held_as, materialise
 
 BASE, TUNED = "base", "tuned"
 
@@ -53,20 +54,31 @@ def open_subject(
     dtype: str = "auto",
     *,
     sides: tuple[str, ...] | None = None,
+    quantize: str = "none",
+    quantize_group: int = 64,
+    quantize_double: bool = False,
 ) -> Subject:
     """Loads a Hub id, local folder or builtin:tiny over all devices, with a PEFT adapter folder on top where given.
 
     `sides` default to tuned with an adapter and to base without. Raises UserError.
     """
-    source = find(config.Model(name=str(name), tokenizer=tokenizer, dtype=dtype, adapter=adapter and str(adapter)))
-    brought = load_tokenizer(source.tokenizer if tokenizer else source.tokenizer_beside_adapter)
+    held = {"quantize": quantize, "quantize_group": quantize_group, "quantize_double": quantize_double}
+    named = {"name": str(name), "tokenizer": tokenizer, "dtype": dtype, "adapter": adapter and str(adapter)}
+    return open_model(config.Model(**named, **held), sides)
+
+
+def open_model(model: config.Model, sides: tuple[str, ...] | None = None) -> Subject:
+    """`open_subject` for a model described in full. Raises UserError."""
+    adapter = model.adapter
+    source = find(model)
+    brought = load_tokenizer(source.tokenizer if model.tokenizer else source.tokenizer_beside_adapter)
     mesh = make_mesh(config.Mesh())
     loaded = materialise(source, mesh)
     wanted = sides or ((TUNED,) if adapter else (BASE,))
     values = {TUNED: loaded.trainable}
     if BASE in wanted:
         values[BASE] = _untrained(source, loaded, mesh) if adapter else loaded.trainable
-    origin = _origin(source, name, adapter, dtype) | {"parameters": sum(row.size for row in loaded.rows)}
+    origin = _origin(source, model, loaded)
     return Subject(loaded.decoder(), brought, {side: values[side] for side in wanted}, origin)
 
 
@@ -75,17 +87,19 @@ def _untrained(source: Source, loaded: Loaded, mesh: jax.sharding.Mesh) -> dict[
     rows = [row for row in loaded.rows if row.path in loaded.trainable]
     files = source.files
     kept = load.load_base(files, rows, mesh) if files is not None else {}
-    return kept | load.fresh_adapter(rows, loaded.frozen, mesh, seed=0)
+    return kept | load.fresh_adapter(loaded.rows, loaded.frozen, mesh, seed=0)  # which asks every row how it is held
 
 
-def _origin(source: Source, name: str, adapter: str | None, dtype: str) -> dict[str, Any]:
+def _origin(source: Source, model: config.Model, loaded: Loaded) -> dict[str, Any]:
     about = {
-        "model": str(name), "commit": source.commit, "family": source.arch.family, "dtype": str(source.dtype),
-        "dtype_asked": dtype, "config_sha256": _sha256(source.folder / "config.json"),
+        "model": model.name, "commit": source.commit, "family": source.arch.family, "dtype": str(source.dtype),
+        "dtype_asked": model.dtype, "config_sha256": _sha256(source.folder / "config.json"),
+        "parameters": count_parameters(loaded.rows)[1], "quantize": model.quantize,
+        "held_as": held_as(model, source.dtype),
     }  # fmt: skip
     if source.adapter is not None:
         weights = source.adapter.folder / "adapter_model.safetensors"
-        about |= {"adapter": str(adapter), "adapter_sha256": _sha256(weights)}
+        about |= {"adapter": model.adapter, "adapter_sha256": _sha256(weights)}
     return about
 
 

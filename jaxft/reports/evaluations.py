@@ -117,6 +117,7 @@ class Task:
     protocol: dict[str, Any]
     sides: dict[str, Side]
     member_of: str | None = None
+    seen: bool = False  # whether the rows are those trained on
     comparisons: dict[str, Change] = field(default_factory=dict)
     refinement: dict[str, dict[str, Change]] = field(default_factory=dict)
     categories: list[tuple[Category, list[Shown]]] = field(default_factory=list)
@@ -147,6 +148,16 @@ def evaluations(folder: Path, damage: list[str]) -> list[Evaluation]:
     return sorted(read, key=lambda e: (e.date, e.name))
 
 
+def seen_and_held(read: list[Evaluation]) -> tuple[Task, Task] | None:
+    """Training rows and held-out rows asked alike, in the newest evaluation that asked both."""
+    for evaluation in reversed(read):
+        for name, task in evaluation.tasks.items():
+            held = evaluation.tasks.get(name.removesuffix("_train_rows"))
+            if task.seen and held is not None and not held.seen:
+                return task, held
+    return None
+
+
 def _evaluation(name: str, value: dict[str, Any], damage: list[str]) -> Evaluation:
     fit = Fitter()
     tasks = {
@@ -174,7 +185,7 @@ def _evaluation(name: str, value: dict[str, Any], damage: list[str]) -> Evaluati
 
 def _task(told: Any, fit: Fitter) -> Task | None:
     """The rows that fit of a task that fits."""
-    keep = ("documents", "primary", "protocol", "sides", "member_of")
+    keep = ("documents", "primary", "protocol", "sides", "member_of", "seen")
     task = fit.one(Task, {key: told[key] for key in keep if key in told} if isinstance(told, dict) else told or 0)
     if task is None or not task.sides:
         return None

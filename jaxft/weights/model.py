@@ -24,6 +24,8 @@ from jaxft.parallel.mesh import make_mesh
 from jaxft.weights import keras, load, peft, shards
 from jaxft.weights.hub import local_folder, read_arch, read_json
 
+SCHEMES = ("int8", "nf4", "int4")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -134,8 +136,14 @@ def sketch(model: config.Model, adaptation: config.Lora | None) -> Source:
 
 def quantized(plan: lora.Adaptation, model: config.Model, arch: Arch) -> lora.Adaptation:
     """`plan` with the base held as `model` asks. Raises UserError."""
+    if model.quantize_double and model.quantize != "nf4":
+        raise UserError(f"quantize_double: is for nf4 alone, and quantize is {model.quantize}")
     if model.quantize == "none":
         return plan
+    if model.quantize not in SCHEMES:
+        raise UserError(f"quantize: {model.quantize!r} is unknown; schemes are none, {', '.join(SCHEMES)}")
+    if model.quantize == "int4" and model.quantize_group not in (32, 64, 128):
+        raise UserError(f"quantize_group: {model.quantize_group} is none of 32, 64, 128")
     scheme = Scheme(model.quantize, model.quantize_group, model.quantize_double)
     return lora.quantized(plan, scheme, model.quantize_skip, model.quantize_tables, arch)
 
@@ -148,8 +156,9 @@ def held_as(model: config.Model, dtype: Any) -> str:
         "int4": f"int4 with a scale per {model.quantize_group} inputs",
         "nf4": f"nf4 with a scale per {BLOCK} weights" + (", these in eight bits" if model.quantize_double else ""),
     }
+    tables = ", embedding and head in int8" if model.quantize_tables else ""
     skipped = f", but for {', '.join(model.quantize_skip)}" if model.quantize != "none" and model.quantize_skip else ""
-    return words[model.quantize] + skipped
+    return words[model.quantize] + tables + skipped
 
 
 def _revision(model: config.Model) -> str | None:

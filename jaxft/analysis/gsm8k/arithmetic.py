@@ -11,8 +11,10 @@ ANNOTATION = re.compile(r"<<([^<>]*)>>")
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?!\d)"
 NUMBER = re.compile(_NUMBER)
 _PIECE = 4000
-# A run of numbers and operators on one line, an equals sign, and the number after it, which may begin the next run.
-_EQUATION = re.compile(rf"([\d\s()$.,%+\-*/x×÷·−–]+)=(?=\s*(-?\s*\$?\s*-?{_NUMBER})(.{{0,8}}))", re.ASCII)
+# On one line, before an equals sign: numbers and operators. After it: a number, which may begin the next side, and some text.
+# Looked for from the equals sign on, and without giving white space back: what repeats itself for long takes no longer.
+_SIDE = re.compile(r"[\d\s()$.,%+\-*/x×÷·−–]+", re.ASCII)
+_CLAIM = re.compile(rf"\s*+(-?\s*+\$?\s*+-?{_NUMBER})(.{{0,8}})", re.ASCII)
 _TOKEN = re.compile(rf"\s*({_NUMBER}|[-+*/()%])")
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "$": " "})
 _TIMES = re.compile(r"(?<=[\d)%])(\s*)x(?=\s*[\d($.])")  # 3 x 4, but not 3x + 4
@@ -77,16 +79,27 @@ def _annotation(text: str) -> Equation | None:
 
 def _plain(text: str) -> Iterator[Equation]:
     for line in text.split("\n"):
-        for match in _EQUATION.finditer(line):
-            before = line[: match.start()][-1:]
-            left = _left(match[1], before)
-            # `2n + 3 = 9` and `hours * 4 = 12` are no equations of numbers, and `= 6 + 4` goes on after its 6.
-            if left is None or _GOES_ON.match(match[3]) or _AMBIGUOUS.search(left):
+        parts, at = line.split("="), 0
+        for part in parts[:-1]:
+            at += len(part) + 1  # behind this equals sign
+            match, run = _CLAIM.match(line, at), _last_run(part)
+            if match is None or not run:
                 continue
-            computed, shown = evaluate(left), NUMBER.search(match[2])
+            start = at - 1 - len(run)
+            left = _left(run, line[start - 1 : start] if start else "")
+            # `2n + 3 = 9` and `hours * 4 = 12` are no equations of numbers, and `= 6 + 4` goes on after its 6.
+            if left is None or _GOES_ON.match(match[2]) or _AMBIGUOUS.search(left):
+                continue
+            computed, shown = evaluate(left), NUMBER.search(match[1])
             if computed is not None and shown is not None:
-                claimed = value(shown[0]) * (-1 if "-" in match[2] else 1)
-                yield Equation(f"{left} = {match[2]}", computed, claimed, _decimals(shown[0]))
+                claimed = value(shown[0]) * (-1 if "-" in match[1] else 1)
+                yield Equation(f"{left} = {match[1]}", computed, claimed, _decimals(shown[0]))
+
+
+def _last_run(text: str) -> str:
+    """The numbers and operators at the end of `text`."""
+    runs = _SIDE.findall(text)
+    return runs[-1] if runs and text.endswith(runs[-1]) else ""
 
 
 def _left(run: str, before: str) -> str | None:
@@ -116,40 +129,43 @@ def evaluate(text: str) -> Fraction | None:
     if not any(t in "+-*/" for t in tokens[1:]):
         return None
     try:
-        found, rest = _sum(tokens)
+        tokens.reverse()  # a stack: the next token is the last one
+        found = _sum(tokens)
     except (ValueError, ZeroDivisionError, IndexError, RecursionError):
         return None
-    return None if rest else found
+    return None if tokens else found
 
 
-def _sum(tokens: list[str]) -> tuple[Fraction, list[str]]:
-    found, tokens = _product(tokens)
-    while tokens and tokens[0] in "+-":
-        right, rest = _product(tokens[1:])
-        found, tokens = (found + right if tokens[0] == "+" else found - right), rest
-    return found, tokens
+def _sum(tokens: list[str]) -> Fraction:
+    found = _product(tokens)
+    while tokens and tokens[-1] in "+-":
+        sign = tokens.pop()
+        right = _product(tokens)
+        found = found + right if sign == "+" else found - right
+    return found
 
 
-def _product(tokens: list[str]) -> tuple[Fraction, list[str]]:
-    found, tokens = _factor(tokens)
-    while tokens and tokens[0] in ("*", "/"):
-        right, rest = _factor(tokens[1:])
-        found, tokens = (found * right if tokens[0] == "*" else found / right), rest
-    return found, tokens
+def _product(tokens: list[str]) -> Fraction:
+    found = _factor(tokens)
+    while tokens and tokens[-1] in ("*", "/"):
+        sign = tokens.pop()
+        right = _factor(tokens)
+        found = found * right if sign == "*" else found / right
+    return found
 
 
-def _factor(tokens: list[str]) -> tuple[Fraction, list[str]]:
-    first, rest = tokens[0], tokens[1:]
+def _factor(tokens: list[str]) -> Fraction:
+    first = tokens.pop()
     if first in "+-":
-        found, rest = _factor(rest)
-        return (-found if first == "-" else found), rest
+        found = _factor(tokens)
+        return -found if first == "-" else found
     if first == "(":
-        found, rest = _sum(rest)
-        if rest[0] != ")":
+        found = _sum(tokens)
+        if tokens.pop() != ")":
             raise ValueError("unbalanced")
-        rest = rest[1:]
     else:
         found = value(first)  # ValueError where it is an operator
-    while rest and rest[0] == "%":
-        found, rest = found / 100, rest[1:]
-    return found, rest
+    while tokens and tokens[-1] == "%":
+        tokens.pop()
+        found /= 100
+    return found

@@ -9,6 +9,7 @@ from typing import Any
 from jaxft.analysis import overfitting, quantities, trends
 from jaxft.errors import UserError
 from jaxft.reports.document import Block, Bullets, Inline, Strong, Table, Text
+from jaxft.reports.evaluations import seen_and_held
 from jaxft.reports.fitting import number, plain
 from jaxft.reports.folder import RunRecord
 from jaxft.reports.records import Example, of_split
@@ -19,7 +20,7 @@ OF_EXAMPLES = "from losses per example, in eval mode: the same rows before and a
 LOGGED = "training rows' loss is the logged one (dropout on, first against last lines), for want of a probe"
 RAISED = {"rise": "validation loss rose after its best step, ", "gap": "", "exact match": "exact match: "}
 HOW = {
-    ("exact match", overfitting.UNMEASURED): "it takes generated answers to training rows",
+    ("exact match", overfitting.UNMEASURED): "it takes generated answers to training rows (evaluate with --train-rows)",
     ("rise", overfitting.UNMEASURED): "it takes an evaluation at step 0, at the best step and at the end",
     ("gap", overfitting.UNMEASURED): "it takes losses of training rows and of validation rows at step 0 and at the end",
 }
@@ -98,15 +99,30 @@ def _overfitting(
     at = {line["step"]: line["eval_loss"] for line in held}
     means = (at[0], at[best], at[max(at)]) if 0 in at and best in at else None
     seen, words = _train_means(run, train)
+    exact = _exact(run)
     try:
         found = overfitting.verdict(
-            losses["validation"], losses["probe"], means=means, train_means=seen, train_means_are=words
+            losses["validation"], losses["probe"], exact, means=means, train_means=seen, train_means_are=words
         )
     except UserError:  # losses of 0 at the start
-        found = overfitting.verdict()
+        found = overfitting.verdict(exact=exact)
     if len(at) < 2 and losses["validation"] is None:  # one evaluation has no end to compare with
-        found = overfitting.verdict()
+        found = overfitting.verdict(exact=exact)
     return {"flag": found.flag, "signs": list(found.signs), "rule": found.rule}
+
+
+def _exact(run: RunRecord) -> tuple[list[bool], list[bool]] | None:
+    """Which answers of the tuned model to training rows are right, and which to held-out ones; only their number counts."""
+    asked = seen_and_held(run.measured)
+    tuned = [task.sides.get("tuned") for task in asked or ()]
+    metrics = [side.metrics.get(task.primary) for side, task in zip(tuned, asked or ()) if side]
+    if len(metrics) < 2 or None in metrics:
+        return None
+    rights = [(round(metric.value * task.documents), task.documents) for metric, task in zip(metrics, asked)]
+    if not all(0 <= right <= documents for right, documents in rights):
+        return None
+    (seen, of_seen), (held, of_held) = rights
+    return [i < seen for i in range(of_seen)], [i < held for i in range(of_held)]
 
 
 def _train_means(run: RunRecord, train: Sequence[Mapping[str, float]]) -> tuple[tuple[float, float] | None, str]:

@@ -78,12 +78,12 @@ def measure(run: RunRecord, tasks: dict[str, dict[str, dict[str, Any]]]) -> list
 
 
 def newest(evaluations: Sequence[Evaluation]) -> Iterator[tuple[Evaluation, str, Task]]:
-    """Each task on the same rows once, from the newest evaluation that has it; parts of groups left out."""
+    """Each task on the same rows once, from the newest evaluation that has it; parts of groups and rows trained on left out."""
     latest = {
         (name, e.rows.get(name)): (e, name, task)
         for e in evaluations
         for name, task in e.tasks.items()
-        if task.member_of is None
+        if task.member_of is None and not task.seen
     }
     yield from latest.values()
 
