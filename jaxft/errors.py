@@ -25,11 +25,19 @@ class OutOfResources(Exception):
     """Memory or disk ran out: says what was needed, what was free, and what to reduce."""
 
 
+class Stopped(BaseException):
+    """A signal ended the run in order: says what is saved. `together` where all processes of the run end so, at one step."""
+
+    def __init__(self, said: str, code: int, together: bool = False):
+        super().__init__(said)
+        self.code, self.together = code, together
+
+
 def run_verb(main: Callable[[list[str]], int | None]) -> None:
     """Runs `main(argv)` and leaves the process with jaxft's exit codes.
 
-    A `UserError` prints one line and exits 2, `OutOfResources` exits 3, Ctrl-C exits 130. `--debug` anywhere on the
-    command line keeps the traceback. Anything else is a defect and shows its traceback.
+    A `UserError` prints one line and exits 2, `OutOfResources` exits 3, Ctrl-C exits 130, a training run that SIGTERM
+    stopped 75. `--debug` anywhere on the command line keeps the traceback. Anything else is a defect and shows its traceback.
     """
     argv = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(argv) != len(sys.argv) - 1
@@ -40,6 +48,9 @@ def run_verb(main: Callable[[list[str]], int | None]) -> None:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         code = exit_code(error)
+    except Stopped as stopped:
+        print(one_line(stopped), file=sys.stderr)
+        code = stopped.code
     except BrokenPipeError:  # `jaxft … | head`: the reader has left, so there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -63,6 +74,8 @@ def run_verb(main: Callable[[list[str]], int | None]) -> None:
 
 def exit_code(error: BaseException) -> int:
     """What a process that ends by `error` leaves with."""
+    if isinstance(error, Stopped):
+        return error.code
     codes = ((UserError, EXIT_USER), (OutOfResources, EXIT_RESOURCES), (KeyboardInterrupt, EXIT_INTERRUPTED))
     code = next((code for kind, code in codes if isinstance(error, kind)), None)
     return code or (EXIT_RESOURCES if ran_out(error) else 1)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import platform
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import jaxft
-from jaxft import command_line, config, disk
+from jaxft import command_line, config
 from jaxft.errors import UserError, run_verb
 from jaxft.learn.progress import tell
 
@@ -24,10 +22,13 @@ if TYPE_CHECKING:  # JAX and the rest are imported where used: --help and a mist
     from jaxft.learn.evaluator import Evaluator
     from jaxft.learn.examples import Examples, Text
     from jaxft.learn.folder import RunFolder
-    from jaxft.learn.loop import Loop, Observer, Stand
+    from jaxft.learn.goodput import Goodput
+    from jaxft.learn.loop import Loop, Observer
     from jaxft.learn.metrics import Metrics
     from jaxft.learn.recompute import Compiled
+    from jaxft.learn.stand import Stand
     from jaxft.learn.step import TrainState
+    from jaxft.parallel.preemption import Preemption
     from jaxft.parallel.watchdog import Watchdog
     from jaxft.weights.checkpoint import Checkpoints
     from jaxft.weights.model import Loaded, Source
@@ -70,49 +71,87 @@ class Started:
 
 def run(settings: config.Config) -> None:
     """One run, in the order in which things can be wrong: config, data, tokenizer, headers, weights, compile, train."""
-    from jaxft.learn.folder import RunFolder
-    from jaxft.parallel.compilation import keep_compiled
-    from jaxft.parallel.processes import joined
-    from jaxft.parallel.watchdog import Watchdog
+    began, sole = time.monotonic(), "jax" not in sys.modules
+    from jaxft.parallel.preemption import Preemption
 
-    began = time.monotonic()
-    with joined(settings.mesh, _alike(settings)) as processes:
-        folder = RunFolder(settings, processes)
-        if folder.finished:
-            tell(f"{folder.place}: this run has ended ({folder.results.get('ended')}); nothing to do")
-            return
-        keep_compiled(settings.run.compilation_cache)
-        with folder.held(), Watchdog(processes) as watchdog:
-            _run(settings, folder, watchdog, began)
+    with Preemption() as preemption:
+        from jaxft.learn.folder import RunFolder
+        from jaxft.learn.goodput import Goodput, process_began
+        from jaxft.parallel.compilation import keep_compiled
+        from jaxft.parallel.processes import joined
+        from jaxft.parallel.watchdog import Watchdog
+
+        goodput = Goodput(process_began() if sole else began)
+        with joined(settings.mesh, _alike(settings)) as processes:
+            preemption.processes = processes
+            folder = RunFolder(settings, processes)
+            if folder.finished:
+                _say_finished(folder)
+                return
+            keep_compiled(settings.run.compilation_cache)
+            with folder.held(), Watchdog(processes) as watchdog:
+                _run(settings, folder, Clock(began, watchdog, preemption, goodput))
 
 
-def _run(settings: config.Config, folder: RunFolder, watchdog: Watchdog, began: float) -> None:
+@dataclass(frozen=True)
+class Clock:
+    """What goes along with a run: since when it goes on, who is told what it is at, who ends it, and what time it took."""
+
+    began: float  # as time.monotonic() has it
+    watchdog: Watchdog
+    preemption: Preemption
+    goodput: Goodput
+
+    def doing(self, what: str, phase: str) -> None:
+        """Something begins, which counts as `phase` in goodput.jsonl."""
+        self.watchdog.doing(what)
+        self.goodput.begin(phase)
+
+    def alive(self) -> None:
+        """A batch of it is done, on all processes; raises Stopped where a signal has come."""
+        self.watchdog.alive()
+        self.preemption.check()
+
+
+def _run(settings: config.Config, folder: RunFolder, clock: Clock) -> None:
     from jaxft.learn import metrics
 
-    watchdog.doing("reading rows")
+    clock.doing("reading rows", "load")
     job = prepare(settings)
     folder.processes.same("the data", job.data.facts["fingerprint"])
     folder.processes.same("the base model's commit", job.source.commit)
-    watchdog.doing("reading weights and compiling")
-    started = start(job, folder)
-    started.answerer.generator.answered = watchdog.alive
+    clock.doing("reading weights and compiling", "load")
+    started = start(job, folder, clock.goodput)
+    started.answerer.generator.answered = clock.alive
     if started.stand is None:
-        watchdog.doing("measuring the base model")
+        clock.doing("measuring the base model", "evaluate")
         _measure_tasks(job, started, folder, "base", started.state.trainable)
-    evaluator = _evaluator(job, started, watchdog)
+    clock.goodput.begin("load")
+    evaluator = _evaluator(job, started, clock)
     with metrics.opened(folder, settings, None if started.stand is None else int(started.state.step)) as told:
         if started.stand is None:
             told.histogram("data/train_row_tokens", job.data.parts["train"].lengths, 0)
-        loop, reason = _train(job, started, folder, watchdog, evaluator, told, began)
+        loop, reason = _train(job, started, folder, clock, evaluator, told)
         best = _best(started, loop)
         tell(f"{reason}; best step {loop.stand.best_step}")
-        watchdog.doing("measuring the best adapter")
+        clock.doing("measuring the best adapter", "evaluate")
         _measure_tasks(job, started, folder, "tuned", best)
         told.scores(metrics.final_scores(folder, loop.stand.best_loss), loop.step)
-    watchdog.doing("writing results")
+    clock.doing("writing results", "export")
     if evaluator is not None:
         started.examples.write(evaluator.rows, _texts(job), loop.stand.best_step, loop.step)
-    _finish(job, started, folder, loop, reason, best)
+    _finish(job, started, folder, clock, loop, reason, best)
+
+
+def _say_finished(folder: RunFolder) -> None:
+    """Nothing to do, but for a report that a kill has kept from being written."""
+    from jaxft import report
+
+    tell(f"{folder.place}: this run has ended ({folder.results.get('ended')}); nothing to do")
+    if folder.processes.first and not (folder.place / "report.html").exists():
+        report.write(folder.path)
+        folder.send()
+        tell(f"report: {folder.place / 'report.md'}")
 
 
 def _alike(settings: config.Config) -> dict[str, Any]:
@@ -144,13 +183,14 @@ def prepare(settings: config.Config) -> Job:
     return Job(settings, source, tokenizer, mesh, data, min(total, settings.optim.max_steps or total))
 
 
-def start(job: Job, folder: RunFolder) -> Started:
+def start(job: Job, folder: RunFolder, goodput: Goodput) -> Started:
     """Reads the weights, opens the run folder, and restores its newest checkpoint where there is one."""
     from jaxft.evals.tasks import Answerer
-    from jaxft.learn import optim, recompute, step
+    from jaxft.learn import description, optim, recompute, step
     from jaxft.learn.examples import Examples
-    from jaxft.learn.loop import Stand
+    from jaxft.learn.stand import Stand
     from jaxft.parallel.mesh import usable_bytes
+    from jaxft.plans import row
     from jaxft.weights import model
     from jaxft.weights.checkpoint import Checkpoints
 
@@ -162,16 +202,21 @@ def start(job: Job, folder: RunFolder) -> Started:
         compiling = pool.submit(recompute.compile_step, *arguments)
         outlined = model.outline(job.source, mesh, attention=settings.model.attention)
         loaded = model.materialise(job.source, mesh, outlined, seed=settings.run.seed)
+        goodput.begin("compile")
         compiled = compiling.result()
+    goodput.begin("load")
     loaded = replace(loaded, graphdef=compiled.outlined.graphdef)
     state, stand = step.initial_state(loaded, compiled.optimizer, mesh), None
-    folder.start(_facts(job, loaded, compiled, folder.results))
+    planned = row.expected(settings, job.source, mesh, compiled.policy, compiled.shape[1])
+    facts = description.facts(job, loaded, compiled, planned, folder.results.get("started"))
+    folder.start({"jaxft": jaxft.__version__} | facts)
     checkpoints = Checkpoints(folder.place / "checkpoints", settings.run.keep, folder.processes)
     latest = folder.processes.from_first(lambda: checkpoints.latest)
     if latest is not None:
         state, progress = checkpoints.restore(latest, state)
         stand = Stand(**progress)
-    _banner(job, folder, latest)
+    goodput.open(folder.path, latest, writes=folder.processes.first)
+    description.tell_all(job, folder, latest)
     tell(compiled.said())
     answerer = Answerer(loaded.decoder(), job.tokenizer, job.data.template, settings.eval.max_new_tokens)
     schedule = optim.schedule(settings.optim, job.steps)
@@ -187,62 +232,6 @@ def _check_commit(results: dict[str, Any], source: Source, model: config.Model) 
             f"model.name: {model.name} is now at commit {source.commit}, and this run began on {began}; "
             f"go on with --model.revision {began}, or give another run.dir"
         )
-
-
-def _facts(job: Job, loaded: Loaded, compiled: Compiled, before: dict[str, Any]) -> dict[str, Any]:
-    import flax
-    import jax
-
-    from jaxft.models.tensors import count_parameters
-    from jaxft.plans import row
-
-    trainable, parameters = count_parameters(loaded.rows)
-    adapter = next(iter(job.source.plan.adapters.values()), None)
-    device, source = job.mesh.devices.flat[0], job.source
-    return {
-        "jaxft": jaxft.__version__,
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__},
-        "started": before.get("started") or datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": {
-            "platform": device.platform, "kind": device.device_kind, "count": job.mesh.size, "processes": jax.process_count(),
-        },
-        "mesh": dict(job.mesh.shape),
-        "model": {
-            "name": job.config.model.name, "commit": source.commit, "family": source.arch.family, "dtype": str(source.dtype),
-            "parameters": parameters, "trainable": trainable,
-            "adapter": adapter and {"rank": adapter.rank, "alpha": adapter.alpha, "dropout": adapter.dropout},
-        },
-        "data": job.data.facts,
-        "program": {
-            "attention": loaded.attention, "remat": compiled.policy, "device_bytes": compiled.bytes,
-            "compile_seconds": compiled.seconds,
-        },
-        "planned": row.expected(job.config, source, job.mesh, compiled.policy, compiled.shape[1]),
-        "steps": job.steps,
-    }  # fmt: skip
-
-
-def _banner(job: Job, folder: RunFolder, resumed: int | None) -> None:
-    from jaxft.models import lora
-
-    model, device, optim = folder.results["model"], folder.results["device"], job.config.optim
-    trainable, parameters = model["trainable"], model["parameters"]
-    adapted = lora.described(job.source.plan)
-    shape = ", ".join(f"{name}={size}" for name, size in job.mesh.shape.items())
-    data = job.data.facts
-    tell(f"model: {model['name']} ({model['family']}, {model['dtype']})")
-    tell(f"trained: {adapted}")
-    tell(
-        f"trainable params: {trainable:,} || all params: {parameters:,} || trainable%: {100 * trainable / parameters:.4f}"
-    )
-    for note in job.data.notes:
-        tell(note)
-    tell(f"device: {device['count']} × {device['kind']}, mesh {shape}")
-    tell(
-        f"batch: {optim.batch_size} sequences of {data['length']} tokens in {optim.accumulation_steps} micro-batch(es), "
-        f"{100 * data['fill']:.1f} % of positions real; {job.steps} steps"
-    )
-    tell(f"run folder: {folder.place}" + ("" if resumed is None else f", resumed at step {resumed}"))
 
 
 def _measure_tasks(job: Job, started: Started, folder: RunFolder, side: str, trainable: dict[str, Any]) -> None:
@@ -262,24 +251,23 @@ def _measure_tasks(job: Job, started: Started, folder: RunFolder, side: str, tra
         )
 
 
-def _evaluator(job: Job, started: Started, watchdog: Watchdog) -> Evaluator | None:
+def _evaluator(job: Job, started: Started, clock: Clock) -> Evaluator | None:
     """None where nothing is held out."""
     from jaxft.learn import step
     from jaxft.learn.evaluator import Evaluator
 
     sets = {name: part.loader for name, part in job.data.measured.items()}
     eval_step = step.make_eval_step(started.loaded, job.mesh)
-    return Evaluator(eval_step, started.loaded.frozen, job.mesh, sets, watchdog.alive) if sets else None
+    return Evaluator(eval_step, started.loaded.frozen, job.mesh, sets, clock.alive) if sets else None
 
 
 def _train(
     job: Job,
     started: Started,
     folder: RunFolder,
-    watchdog: Watchdog,
+    clock: Clock,
     evaluator: Evaluator | None,
     metrics: Metrics,
-    began: float,
 ) -> tuple[Loop, str]:
     from jaxft.learn import step
     from jaxft.learn.loop import Loop, Parts
@@ -299,11 +287,13 @@ def _train(
         examples=started.examples,
         observers=_observers(job, started, metrics),
         processes=folder.processes,
-        watchdog=watchdog,
+        watchdog=clock.watchdog,
+        preemption=clock.preemption,
+        goodput=clock.goodput,
         tensorboard=folder.path / "tensorboard",
         sent=folder.send,
     )
-    loop = Loop(job.config, parts, job.steps, started.state, started.stand, began)
+    loop = Loop(job.config, parts, job.steps, started.state, started.stand, clock.began)
     return loop, loop.run()
 
 
@@ -350,49 +340,26 @@ def _best(started: Started, loop: Loop) -> dict[str, Any]:
     return state.trainable
 
 
-def _finish(job: Job, started: Started, folder: RunFolder, loop: Loop, reason: str, best: dict[str, Any]) -> None:
+def _finish(
+    job: Job, started: Started, folder: RunFolder, clock: Clock, loop: Loop, reason: str, best: dict[str, Any]
+) -> None:
     from jaxft import report
+    from jaxft.learn import result
 
     stand = loop.stand
     folder.update({
         "ended": reason, "step": loop.step, "best_step": stand.best_step, "best_loss": stand.best_loss,
         "train_seconds": stand.seconds, "wall_seconds": loop.wall_seconds(), "tokens": stand.tokens,
+        "skipped_steps": stand.skipped,
     })  # fmt: skip
-    _export(job, started.loaded, folder, best)
+    result.export(job, started.loaded, folder, best)
     folder.update({"state": "finished"})
+    clock.goodput.begin("export")
     if folder.processes.first:
         report.write(folder.path)
-        folder.send()
         tell(f"report: {folder.place / 'report.md'}")
-
-
-def _export(job: Job, loaded: Loaded, folder: RunFolder, best: dict[str, Any]) -> None:
-    """The adapter in PEFT's format, or with lora None the whole model in transformers'; all gather, process 0 writes."""
-    from jaxft.learn.metrics import evaluation
-    from jaxft.weights import merged, peft
-    from jaxft.weights.card import write_card
-
-    source, model, writes = job.source, job.config.model, folder.processes.first
-    whole = job.config.lora is None
-    target, size = folder.path / ("model" if whole else "adapter"), sum(array.nbytes for array in best.values())
-    with disk.new_folder(target, size) if writes else contextlib.nullcontext(target) as new:
-        if whole:
-            config = merged.config_for(source.folder, model.name, source.arch, source.plan, source.stored)
-            tensors = merged.trained(loaded.rows, best, source.stored)
-            if writes:
-                merged.save(new, tensors, config, source.folder, source.tokenizer)
-            else:
-                merged.gather(tensors)
-        else:
-            named = model.name, source.commit or model.revision
-            peft.save(new, loaded.rows, best, source.plan, source.arch, *named, writes=writes)
-        if not writes:
-            return
-        if not whole:
-            merged.copy_files(source.tokenizer, new)
-        write_card(new, folder.settings, folder.results, evaluation(folder.path, folder.results["best_step"]))
-    note = "" if whole else f" ({peft.vllm_verdict(source.plan, source.arch)})"
-    tell(f"{target.name}: {folder.place / target.name}{note}")
+    clock.goodput.close()
+    folder.send()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from jaxft.config import Config
 from jaxft.data.loader import Loader, Prefetch
 from jaxft.errors import UserError
 from jaxft.learn.loop import Loop, Parts
+from jaxft.learn.step import TrainState
 from jaxft.parallel.mesh import make_mesh
 
 
@@ -125,7 +126,7 @@ class Stub:
         self.calls += 1
         if self.calls == self.fails_at:
             raise KeyboardInterrupt
-        return state, {name: np.float32(1) for name in ("nll", "correct", "weight", "grad_norm")}
+        return state, {name: np.float32(1) for name in ("nll", "correct", "weight", "grad_norm", "applied")}
 
     def write(self, record):
         self.records.append(record)
@@ -143,7 +144,7 @@ class Stub:
 def loop(stub, loader, steps, **evaluation):
     settings = Config(run=config.Run(log_every=10), eval=config.Eval(**evaluation))
     parts = Parts(make_mesh(devices=jax.devices()[:1]), float, loader, None, stub, {}, stub, stub)
-    state = type("State", (), {"step": 0, "trainable": {}})()
+    state = TrainState(np.int32(0), {}, ())
     return Loop(settings, parts, steps, state, None, time.monotonic())
 
 

@@ -204,7 +204,7 @@ def test_the_step_donates_its_state(plain):
 
 def test_a_batch_without_a_supervised_token_gives_no_nan(plain):
     state, metrics = plain(batch() | {"weights": np.zeros((8, 16), np.float32)})
-    assert metrics == [{"nll": 0.0, "correct": 0.0, "weight": 0.0, "grad_norm": 0.0}]
+    assert metrics == [{"nll": 0.0, "correct": 0.0, "weight": 0.0, "grad_norm": 0.0, "applied": 1.0}]
     decayed = 1 - SETTINGS.learning_rate * SETTINGS.weight_decay
     for path, value in state.trainable.items():
         assert np.allclose(value, decayed * plain.loaded.trainable[path], rtol=1e-6, atol=0)
@@ -312,3 +312,26 @@ def test_an_axis_that_does_not_split_is_refused_with_the_remedy(changes, mesh, s
     with pytest.raises(UserError) as error:
         load(folder, Lora(), mesh=make_mesh(config.Mesh(**mesh)))
     assert shown in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(folder, what, parts):
+    """Bad rows in one micro-batch; the steps before and after it are those of a run that never saw it, at their number."""
+    run = Run(folder, dataclasses.replace(LORA, dropout=0.2), parts=parts)
+    good, other = batch(1), batch(2)
+    poisoned = batch(3)
+    size = np.float32(np.inf if what == "loss" else 1e38)
+    poisoned["weights"] = np.where(poisoned["weights"] > 0, size, np.float32(0))
+    before, _ = run(good)
+    after, metrics = run(good, poisoned)
+    assert [m["applied"] for m in metrics] == [1.0, 0.0]
+    assert not np.isfinite(metrics[1]["nll"] if what == "loss" else metrics[1]["grad_norm"])
+    assert (int(before.step), int(after.step)) == (1, 2)
+    same = jax.tree.map(np.array_equal, (before.trainable, before.optimizer), (after.trainable, after.optimizer))
+    assert all(jax.tree.leaves(same))
+    on, shown = run(good, poisoned, other)
+    assert shown[2]["applied"] and np.isfinite(shown[2]["nll"])
+    _, repeated = run(good, other)  # whose second step draws other dropout than that third one
+    assert repeated[1]["nll"] != shown[2]["nll"] and repeated[1]["weight"] == shown[2]["weight"]
+    assert int(optax.tree.get(on.optimizer, "count", filtering=lambda path, leaf: "ScaleByAdam" in str(path))) == 2

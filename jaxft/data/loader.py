@@ -154,6 +154,12 @@ class Loader:
         chosen = self._bins(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
         return sum(int(self.lengths[members].sum()) for members in chosen)
 
+    def origins_at(self, step: int) -> list[str]:
+        """Where the rows of that step's whole batch came from, in order."""
+        epoch, step = self.locate(step)
+        chosen = self._bins(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+        return [self.examples[i].origin for members in chosen for i in members]
+
     def evaluation_batches(self, rows: Container[int] | None = None) -> Iterator[Batch]:
         """One pass over all examples, packed as set but never shuffled; `rows` as in `batch_at`."""
         bins = self._plan(np.arange(len(self.examples)))
@@ -176,9 +182,10 @@ class Loader:
     def _bins(self, epoch: int) -> list[np.ndarray]:
         """Row indices of each sequence of that epoch, in order; the last epoch asked for is kept."""
         epoch = epoch if self.shuffle else 0
-        if self._planned is None or self._planned[0] != epoch:
-            self._planned = (epoch, self._plan_epoch(epoch))
-        return self._planned[1]
+        planned = self._planned  # another thread may ask for another epoch meanwhile
+        if planned is None or planned[0] != epoch:
+            self._planned = planned = (epoch, self._plan_epoch(epoch))
+        return planned[1]
 
     def _plan_epoch(self, epoch: int) -> list[np.ndarray]:
         rows = len(self.examples)

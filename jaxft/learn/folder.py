@@ -16,11 +16,17 @@ from jaxft.parallel.processes import ALONE, Processes
 
 # What may differ between two starts of one run: it changes neither the numbers trained on nor the order.
 FREE = (
+    "eval.every_steps", "eval.patience", "eval.min_delta", "optim.stop_after_nonfinite",
     "data.cache", "run.dir", "run.log_every", "run.keep", "run.usd_per_chip_hour", "run.profile",
     "run.compilation_cache", "eval.tasks", "eval.limit", "eval.samples",
     "eval.probe_rows", "run.wandb",
 )  # fmt: skip
 FREE_SECTIONS = ("mesh",)
+# What a run that has not ended may go on with otherwise, and says so: the steps to come are not what they would have been.
+WARNED = (
+    "optim.learning_rate", "optim.schedule", "optim.warmup", "optim.weight_decay", "optim.beta1", "optim.beta2",
+    "optim.epsilon", "optim.clip", "optim.epochs", "optim.max_steps",
+)  # fmt: skip
 SHARED_SECONDS = 60.0  # until a network file system shows one host what another has written
 
 
@@ -30,6 +36,7 @@ class RunFolder:
     def __init__(self, settings: config.Config, processes: Processes = ALONE):
         name = settings.run.dir or "runs/run"
         self.processes, self._mirror = processes, None
+        self._changes: list[str] = []  # of settings, since the start before this one
         self.place = remote_path(name) if is_remote(name) else Path(name)
         self.path = self.place  # where this process writes
         if is_remote(name) and processes.first:
@@ -45,7 +52,7 @@ class RunFolder:
             commit = results.get("model", {}).get("commit")
             if commit and self.settings["model"]["revision"] == commit:  # what the run began on, now by its own name
                 before = before | {"model": {**before.get("model", {}), "revision": commit}}
-            _same_run(self.place, before, self.settings)
+            self._changes = _same_run(self.place, before, self.settings, results.get("state") == "finished")
         elif self.place.exists() and (
             not self.place.is_dir() or any(p.name != disk.LOCK for p in self.place.iterdir())
         ):
@@ -73,6 +80,9 @@ class RunFolder:
                         print(warning, flush=True)
                     disk.sweep(self.place)
                 self.results = self.processes.from_first(self._results_before)  # another run may have ended meanwhile
+            if self._changes and self.processes.first:
+                said = "; ".join(self._changes)
+                print(f"changed since this run began, and from here on only: {said}", flush=True)
             yield
 
     def start(self, facts: dict[str, Any]) -> None:
@@ -87,7 +97,8 @@ class RunFolder:
             if self.processes.first:
                 self.path.mkdir(parents=True, exist_ok=True)
                 _write(self.path / "config.json", self.settings)
-            self.update(facts | {"tasks": self.results.get("tasks", {}), "state": "running"})
+            changes = {"changes": [*self.results.get("changes", []), *self._changes]} if self._changes else {}
+            self.update(facts | changes | {"tasks": self.results.get("tasks", {}), "state": "running"})
         except OSError as error:
             if disk_full(error):
                 raise
@@ -120,15 +131,18 @@ class RunFolder:
             self._mirror.send()
 
 
-def _same_run(path: Any, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _same_run(path: Any, before: dict[str, Any], now: dict[str, Any], ended: bool) -> list[str]:
+    """What is said of settings that a run may go on with otherwise; UserError for those that it may not."""
     old, new = _flat(before), _flat(now)
-    changed = [
-        f"{key} {old.get(key)!r} → {new.get(key)!r}"
+    changed = {
+        key: f"{key} {old.get(key)!r} → {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
         if key not in FREE and key.partition(".")[0] not in FREE_SECTIONS and old.get(key) != new.get(key)
-    ]
-    if changed:
-        raise UserError(f"run.dir: {path} holds a run with other settings: {'; '.join(changed)}; give a new --run.dir")
+    }
+    refused = [said for key, said in changed.items() if ended or key not in WARNED]
+    if refused:
+        raise UserError(f"run.dir: {path} holds a run with other settings: {'; '.join(refused)}; give a new --run.dir")
+    return list(changed.values())
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

@@ -49,13 +49,14 @@ class Metrics:
         self.close(error is not None)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One line of `metrics.jsonl`, flushed; `step` is the x axis."""
+        """One line of `metrics.jsonl`, flushed; `step` is the x axis. Writers get its numbers."""
         if self._file is None:
             return
         with self._file.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
+        numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
         for writer in self.writers:
-            writer.write(record)
+            writer.write(numbers)
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text, as it is."""

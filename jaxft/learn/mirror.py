@@ -13,7 +13,13 @@ from typing import Any
 
 from jaxft.errors import UserError
 
-READ = ("config.json", "results.json", "metrics.jsonl", "examples")  # by a start that resumes; a folder with its files
+READ = (
+    "config.json",
+    "results.json",
+    "metrics.jsonl",
+    "goodput.jsonl",
+    "examples",
+)  # by a start that resumes; a folder with its files
 
 
 def is_remote(name: str) -> bool:

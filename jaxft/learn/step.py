@@ -74,7 +74,9 @@ def make_train_step(
     """`(state, frozen, batch, key) -> (state, metrics)`; the state is donated.
 
     The gradient is Σ over micro-batches of ∂Σnll, divided once by the supervised tokens of the whole batch. Metrics are
-    float32 scalars: nll, correct and weight (sums), and grad_norm (before clipping). Dropout draws from (key, step).
+    float32 scalars: nll, correct and weight (sums), and grad_norm (before clipping); and a bool, `applied`: where loss or
+    gradient is not finite, an update changes nothing but the step number, moments and the schedule's count included. Dropout
+    draws from (key, step).
     """
 
     def nll(trainable: Any, frozen: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, Tally]:
@@ -91,8 +93,14 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1.0), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to its int32 count
             updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
-        metrics = {**sums._asdict(), "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), moments), metrics
+        norm = optax.tree.norm(grads)
+        applied = jnp.isfinite(sums.nll) & jnp.isfinite(norm)
+        updated = optax.apply_updates(state.trainable, updates), moments
+        trainable, moments = jax.tree.map(
+            lambda new, old: jnp.where(applied, new, old), updated, (state.trainable, state.optimizer)
+        )
+        metrics = {**sums._asdict(), "grad_norm": norm, "applied": applied}
+        return TrainState(state.step + 1, trainable, moments), metrics
 
     placed = state_sharding(loaded, optimizer, mesh)
     return jax.jit(step, out_shardings=(placed, replicated(mesh)), donate_argnums=0)

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxft import chips, config
 from jaxft.errors import UserError
+from jaxft.parallel.quiet import without_tpu
 from jaxft.parallel.sharding import batch_ways
 
 AXES = ("data", "fsdp", "tensor")
@@ -26,6 +27,8 @@ def make_mesh(mesh: config.Mesh = config.Mesh(), devices: Sequence[Any] | None =
     JAX lays neighbours on an axis beside each other on the wires. Raises UserError where the numbers do not multiply to the
     devices.
     """
+    if devices is None:
+        without_tpu()
     devices = list(jax.devices() if devices is None else devices)
     slices = _slices(mesh.slices, devices)
     sizes = _sizes([mesh.data, mesh.fsdp, mesh.tensor], len(slices[0]), len(slices))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from jaxft import config
-from jaxft.errors import EXIT_AGAIN, OutOfResources, UserError, exit_code, one_line, ran_out
+from jaxft.errors import EXIT_AGAIN, OutOfResources, Stopped, UserError, exit_code, one_line, ran_out
 from jaxft.parallel.meeting import Peer, Place, Told, find_place, meet, readable
 from jaxft.parallel.relay import Relay
 
@@ -57,6 +57,7 @@ class Processes:
     def __init__(self, index: int = 0, count: int = 1, peers: Mapping[int, Peer] | None = None):
         self.index, self.count, self._peers = index, count, dict(peers or {})
         self.phase, self._stepping = "starting", False
+        self.asked: int | None = None  # on process 0: the exit code with which another one wants all to stop
         self._seen = {peer: _Seen() for peer in self._peers}
         self._gone, self._leaving, self._failed = threading.Event(), threading.Event(), threading.Event()
         self._shared: queue.Queue[Any] = queue.Queue()
@@ -102,6 +103,11 @@ class Processes:
         for _ in range(self.count - 1 if self.first else 0):
             self._arrived.get()
         self.from_first(lambda: None)
+
+    def ask(self, code: int) -> None:
+        """Asks process 0 to have all of them stop at one step, and to leave with this exit code."""
+        if not self.first:
+            self._tell({"stop": code})
 
     def end(self, code: int, why: object, stacks: bool = False) -> None:
         """Tells the others that this process ends before the run does, with what exit code and why."""
@@ -161,6 +167,8 @@ class Processes:
             seen.left = seen.left or "left" in message
             if "share" in message:
                 self._shared.put(message["share"])
+            elif "stop" in message:
+                self.asked = message["stop"]
             elif "here" in message:
                 self._arrived.put(message["here"])
             elif "lost" in message:
@@ -196,9 +204,9 @@ def dump_stacks() -> None:
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
 
-def leave_with(code: int, line: str) -> None:
+def leave_with(code: int, line: str, mistake: bool = True) -> None:
     """Ends the process from any thread, with one line; nothing is waited for, since what hangs would be waited for too."""
-    print(f"error: {one_line(line)}", file=sys.stderr)
+    print(("error: " if mistake else "") + one_line(line), file=sys.stderr)
     _exit(code)
 
 
@@ -231,10 +239,18 @@ def joined(
         _start_jax(place, us, start_seconds)
         if not us.first:
             _be_quiet()
-        yield us
+        stopped = None
+        try:
+            yield us
+        except Stopped as error:
+            if not error.together:
+                raise
+            stopped = error
         us.doing("its end")
         us.barrier()
         _stop(us)
+    if stopped is not None:
+        raise stopped
 
 
 @contextlib.contextmanager
@@ -244,7 +260,7 @@ def guarded(us: Processes) -> Iterator[None]:
         yield
     except BaseException as raised:
         error = ran_out(raised) or raised
-        if not isinstance(error, (UserError, OutOfResources, KeyboardInterrupt)):
+        if not isinstance(error, (UserError, OutOfResources, Stopped, KeyboardInterrupt)):
             us.hear_out()
         code = exit_code(error)
         us.end(code, error if str(error) else type(error).__name__)
@@ -271,6 +287,7 @@ def _met(place: Place, about: Mapping[str, Any], start_seconds: float, say_secon
 def _start_jax(place: Place, us: Processes, start_seconds: float) -> None:
     import jax
 
+    jax.config.update("jax_enable_preemption_service", False)  # which would take SIGTERM
     relay = None if us.first else Relay(place.address)
     jax.distributed.initialize(
         place.coordinator if relay is None else relay.address,

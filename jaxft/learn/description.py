@@ -1,0 +1,86 @@
+"""What a run is: as facts in results.json, and as the first lines that it prints."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import flax
+import jax
+from jax.sharding import Mesh
+
+from jaxft.config import Config
+from jaxft.data.dataset import Dataset
+from jaxft.learn.folder import RunFolder
+from jaxft.learn.progress import tell
+from jaxft.learn.recompute import Compiled
+from jaxft.models import lora
+from jaxft.models.tensors import count_parameters
+from jaxft.weights.model import Loaded, Source
+
+
+class Job(Protocol):
+    """A run whose parts have been checked."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def source(self) -> Source: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def mesh(self) -> Mesh: ...
+    @property
+    def data(self) -> Dataset: ...
+    @property
+    def steps(self) -> int: ...
+
+
+def facts(job: Job, loaded: Loaded, compiled: Compiled, planned: Any, started: str | None) -> dict[str, Any]:
+    """For results.json; `planned` is what the plan verb expects, `started` the time of the first start, if there was one."""
+    trainable, parameters = count_parameters(loaded.rows)
+    adapter = next(iter(job.source.plan.adapters.values()), None)
+    device, source = job.mesh.devices.flat[0], job.source
+    return {
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__},
+        "started": started or datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": {
+            "platform": device.platform, "kind": device.device_kind, "count": job.mesh.size, "processes": jax.process_count(),
+        },
+        "mesh": dict(job.mesh.shape),
+        "model": {
+            "name": job.config.model.name, "commit": source.commit, "family": source.arch.family, "dtype": str(source.dtype),
+            "parameters": parameters, "trainable": trainable,
+            "adapter": adapter and {"rank": adapter.rank, "alpha": adapter.alpha, "dropout": adapter.dropout},
+        },
+        "data": job.data.facts,
+        "program": {
+            "attention": loaded.attention, "remat": compiled.policy, "device_bytes": compiled.bytes,
+            "compile_seconds": compiled.seconds,
+        },
+        "planned": planned,
+        "steps": job.steps,
+    }  # fmt: skip
+
+
+def tell_all(job: Job, folder: RunFolder, resumed: int | None) -> None:
+    """Model, adapter, data, devices and folder, and the step of the checkpoint that the run goes on from."""
+    model, device, optim = folder.results["model"], folder.results["device"], job.config.optim
+    trainable, parameters = model["trainable"], model["parameters"]
+    adapted = lora.described(job.source.plan)
+    shape = ", ".join(f"{name}={size}" for name, size in job.mesh.shape.items())
+    data = job.data.facts
+    tell(f"model: {model['name']} ({model['family']}, {model['dtype']})")
+    tell(f"trained: {adapted}")
+    tell(
+        f"trainable params: {trainable:,} || all params: {parameters:,} || trainable%: {100 * trainable / parameters:.4f}"
+    )
+    for note in job.data.notes:
+        tell(note)
+    tell(f"device: {device['count']} × {device['kind']}, mesh {shape}")
+    tell(
+        f"batch: {optim.batch_size} sequences of {data['length']} tokens in {optim.accumulation_steps} micro-batch(es), "
+        f"{100 * data['fill']:.1f} % of positions real; {job.steps} steps"
+    )
+    tell(f"run folder: {folder.place}" + ("" if resumed is None else f", resumed at step {resumed}"))
