@@ -345,7 +345,8 @@ _RANGES = (
     ("eval.every_steps", 1, math.inf), ("eval.patience", 1, math.inf), ("eval.min_delta", 0, math.inf),
     ("eval.limit", 1, math.inf), ("eval.max_new_tokens", 1, math.inf), ("eval.samples", 0, math.inf),
     ("eval.probe_rows", 0, math.inf),
-    ("optim.stop_after_nonfinite", 1, math.inf), ("run.log_every", 1, math.inf), ("run.keep", 1, math.inf), ("run.usd_per_chip_hour", 0, math.inf),
+    ("optim.stop_after_nonfinite", 1, math.inf), ("run.log_every", 1, math.inf), ("run.keep", 1, math.inf),
+    ("run.usd_per_chip_hour", 0, math.inf),
     ("run.seed", 0, 2**32 - 1),
 )  # fmt: skip
 

@@ -9,11 +9,11 @@ import threading
 import time
 
 import pytest
+from launched import HERE, free_port
 
 from jaxft import config
 from jaxft.parallel.meeting import Place, Told, find_place, meet, readable
 from jaxft.parallel.processes import Processes
-from launched import HERE, free_port
 
 MEMBER = """
 import sys, time

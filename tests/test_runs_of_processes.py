@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from launched import HERE, Run, lines, logged, same_files, saved
 
 import jaxft
-from launched import HERE, Run, lines, logged, same_files, saved
 
 # The train verb, with every byte counted that is read of the weights.
 COUNTING = """

@@ -1,7 +1,7 @@
 """What quantising the base costs: `python -m tests.benchmarks.quantized [--schemes int8 nf4 …] [options of jaxft.train]`.
 
-For the base as stored and for each scheme: bits of a linear weight; the largest difference of a logit on the first held-out rows,
-in standard deviations of the logits; the base's perplexity on the held-out rows; and the best validation loss of a whole
+For the base as stored and for each scheme: bits of a linear weight; the largest difference of a logit on the first held-out
+rows, in standard deviations of the logits; the base's perplexity on the held-out rows; and the best validation loss of a whole
 training run. Prints Markdown. Where a group does not divide a module's inputs, give `--model.quantize_skip MODULE`.
 """
 
