@@ -310,8 +310,8 @@ SAYS = """
 import sys, types
 import jaxft.evals.decode as decode
 import jaxft
-jaxft.load = lambda *a, **k: (None, None)
-decode.complete = lambda *a, **k: ["one\\x1b[2J\\ntwo\\x07"]
+jaxft.load = lambda *a, **k: (types.SimpleNamespace(dtype="float32"), None)
+decode.completions = lambda *a, **k: [("one\\x1b[2J\\ntwo\\x07", 7)]
 import importlib
 main = importlib.import_module("jaxft.generate").main
 main(["--model", "builtin:tiny", "--prompt", "x", "--compilation-cache", "None"])

@@ -271,9 +271,10 @@ def test_a_download_broken_off_leaves_nothing_damaged_and_the_next_completes_it(
 VERBS = """
 import json, sys
 from jaxft import errors, export, train
+from jaxft.learn import result
 def interrupted(job, started, folder, *_):
     folder.update({"best_loss": 0.0, "best_step": 0})
-    train._export(job, started.loaded, folder, started.state.trainable)  # as a run does at its end
+    result.export(job, started.loaded, folder, started.state.trainable)  # as a run does at its end
     raise KeyboardInterrupt
 train._train = interrupted
 for command in json.loads(sys.argv[1]):

@@ -44,6 +44,15 @@ def patient(monkeypatch):
     monkeypatch.setattr(preemption, "GRACE_SECONDS", 600.0)
 
 
+@pytest.fixture
+def in_the_foreground():
+    """Where Ctrl-C is heard; a job in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
 def test_a_signal_is_noted_while_something_is_held_and_ends_the_run_elsewhere():
     said = r"stopped by SIGTERM at .*: step 5 is saved; the same command goes"
     with pytest.raises(Stopped, match=said) as found, Preemption() as heard:
