@@ -67,6 +67,7 @@ def adapter(tmp_path_factory):
     return adapted(tmp_path_factory.mktemp("adapter"), "q_proj", "down_proj")
 
 
+@pytest.mark.slow
 def test_every_kind_of_task_gives_the_results_of_the_transformers_backend(tasks, adapter):
     from lm_eval.models.huggingface import HFLM
 

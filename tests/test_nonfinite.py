@@ -72,6 +72,7 @@ def test_three_in_a_row_stop_the_run_and_again_when_it_resumes_until_more_are_al
     assert json.loads((tmp_path / "results.json").read_text())["skipped_steps"] == 3
 
 
+@pytest.mark.slow
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     """Without epsilon, Adam divides the nought of a gradient by the nought of its moment."""
     more = ("--optim.epsilon", "0", "--data.validation_fraction", "0", "--eval.every_steps", "1")

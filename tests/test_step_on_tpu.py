@@ -103,6 +103,7 @@ DEEP = dict(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_policy_is_the_cheapest_that_fits(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(DEEP))
     wanted = config.Lora(rank=4, dropout=0.0, targets=("v_proj",))  # a small program, quickly compiled

@@ -265,6 +265,7 @@ def test_a_mistake_is_one_line_and_exit_2_and_writes_nothing(mistake, tmp_path, 
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_rows_whose_answers_do_not_fit_are_counted_and_harmless(tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     long = json.dumps({"question": "how many words are here? " * 30, "answer": "1\n#### 1"}) + "\n"
