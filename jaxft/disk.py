@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,16 @@ _numbers = itertools.count()
 
 
 def write_text(file: Path, text: str) -> None:
+    """Replaces `file`, in UTF-8, as `write_bytes` does."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
     """Replaces `file` as a whole: a kill or a full disk leaves what was there before."""
     temporary = _temporary(file)
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with temporary.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
@@ -42,6 +47,22 @@ def write_text(file: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
         raise
     _sync_folder(file.parent)
+
+
+def write_all(files: Mapping[Path, bytes], what: str) -> None:
+    """Replaces each of `files` as `write_bytes` does, and makes their folders.
+
+    Raises UserError, or OutOfResources where the disk is full, which begin with `what`.
+    """
+    try:
+        for file, content in files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(file, content)
+    except OSError as error:
+        said = f"{what} cannot be written: {error.strerror}"
+        if disk_full(error):
+            raise OutOfResources(f"{said}; it needs {sum(map(len, files.values())):,} bytes") from error
+        raise UserError(said) from error
 
 
 @contextlib.contextmanager

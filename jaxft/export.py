@@ -85,7 +85,9 @@ def _merge(options: Options, out: Path, name: str, source: Source) -> None:
     print(f"merged: {out} ({len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e9:.3g} GB, {dtypes})")
     held = _held_in_training(_adapter_folder(Path(options.adapter)))
     if held != "none":
-        print(f"merged into the base's own weights; in training they were held as {held}, and the adapter made up for that too")
+        print(
+            f"merged into the base's own weights; in training they were held as {held}, which the adapter made up for"
+        )
 
 
 def _numpy_dtype(name: str) -> Any:

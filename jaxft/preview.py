@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from pathlib import Path
 
-from jaxft import command_line, config
-from jaxft.errors import OutOfResources, UserError, run_verb
+from jaxft import command_line, config, disk
+from jaxft.errors import UserError, one_line, run_verb
 from jaxft.models.arch import Arch
 
 PROG = "python -m jaxft.preview"
@@ -74,16 +73,7 @@ def _model(model: config.Model) -> tuple[Arch, Path]:
 
 
 def _write(file: Path, page: bytes) -> None:
-    from jaxft.errors import one_line
-
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(page)
-    except OSError as error:
-        said = f"--html: {file} cannot be written: {error.strerror}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutOfResources(f"{said}; it needs {len(page):,} bytes") from error
-        raise UserError(said) from error
+    disk.write_all({file: page}, f"--html: {file}")
     print(f"\npage: {one_line(file)}")
 
 

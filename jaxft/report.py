@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import errno
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxft.errors import OutOfResources, UserError, run_verb
+from jaxft import disk
+from jaxft.errors import UserError, run_verb
 from jaxft.reports import comparison, content, document, html, markdown, plots
 from jaxft.reports.content import Findings
 from jaxft.reports.fitting import plain
@@ -50,17 +51,10 @@ def _save(
         f"{name}.md": markdown.markdown(blocks).encode(),
         f"{name}.html": html.page(title, blocks).encode(),
     }
-    try:
-        (folder / "plots").mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # what cannot be removed cannot be written either, which is said then
         for chart in drawn:
             (folder / f"plots/{chart}.png").unlink(missing_ok=True)
-        for path, data in files.items():
-            (folder / path).write_bytes(data)
-    except OSError as error:
-        said = f"{folder}: the {name} cannot be written: {error.strerror}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutOfResources(f"{said}; it needs {sum(map(len, files.values())):,} bytes") from error
-        raise UserError(said) from error
+    disk.write_all({folder / path: data for path, data in files.items()}, f"{folder}: the {name}")
 
 
 def _image(chart: plots.Plot) -> document.Image:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import jaxft
 from jaxft import command_line, config
 from jaxft.errors import UserError, run_verb
+from jaxft.learn.job import Job
 from jaxft.learn.progress import tell
 
 if TYPE_CHECKING:  # JAX and the rest are imported where used: --help and a mistake in the config answer at once
     import optax
-    from jax.sharding import Mesh
 
-    from jaxft.data.dataset import Dataset
     from jaxft.evals.tasks import Answerer
     from jaxft.learn.evaluator import Evaluator
     from jaxft.learn.examples import Examples, Text
@@ -41,18 +40,6 @@ def main(argv: list[str]) -> None:
     """Trains as the config says; the same command resumes, and does nothing where the run has ended."""
     path, overrides, _ = command_line.split(argv, PROG, {})
     run(config.load(path, overrides))
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run whose config, rows, tokenizer and headers have been checked; no weight is read and nothing written."""
-
-    config: config.Config
-    source: Source
-    tokenizer: Any
-    mesh: Mesh
-    data: Dataset
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -145,13 +132,10 @@ def _run(settings: config.Config, folder: RunFolder, clock: Clock) -> None:
 
 def _say_finished(folder: RunFolder) -> None:
     """Nothing to do, but for a report that a kill has kept from being written."""
-    from jaxft import report
-
     tell(f"{folder.place}: this run has ended ({folder.results.get('ended')}); nothing to do")
-    if folder.processes.first and not (folder.place / "report.html").exists():
-        report.write(folder.path)
+    if not (folder.place / "report.html").exists():
+        _report(folder)
         folder.send()
-        tell(f"report: {folder.place / 'report.md'}")
 
 
 def _alike(settings: config.Config) -> dict[str, Any]:
@@ -210,7 +194,7 @@ def start(job: Job, folder: RunFolder, goodput: Goodput) -> Started:
     planned = row.expected(settings, job.source, mesh, compiled.policy, compiled.shape[1])
     facts = description.facts(job, loaded, compiled, planned, folder.results.get("started"))
     folder.start({"jaxft": jaxft.__version__} | facts)
-    checkpoints = Checkpoints(folder.place / "checkpoints", settings.run.keep, folder.processes)
+    checkpoints = Checkpoints(folder.place / "checkpoints", settings.run.keep, folder.processes, tell)
     latest = folder.processes.from_first(lambda: checkpoints.latest)
     if latest is not None:
         state, progress = checkpoints.restore(latest, state)
@@ -343,7 +327,6 @@ def _best(started: Started, loop: Loop) -> dict[str, Any]:
 def _finish(
     job: Job, started: Started, folder: RunFolder, clock: Clock, loop: Loop, reason: str, best: dict[str, Any]
 ) -> None:
-    from jaxft import report
     from jaxft.learn import result
 
     stand = loop.stand
@@ -355,11 +338,17 @@ def _finish(
     result.export(job, started.loaded, folder, best)
     folder.update({"state": "finished"})
     clock.goodput.begin("export")
+    _report(folder)
+    clock.goodput.close()
+    folder.send()
+
+
+def _report(folder: RunFolder) -> None:
+    from jaxft import report
+
     if folder.processes.first:
         report.write(folder.path)
         tell(f"report: {folder.place / 'report.md'}")
-    clock.goodput.close()
-    folder.send()
 
 
 if __name__ == "__main__":

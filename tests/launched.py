@@ -90,9 +90,10 @@ class Run:
 
 
 def lines(folder):
-    """metrics.jsonl without what clock and machine decide."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+    """metrics.jsonl without what clock and machine decide, and without an end that a kill has cut."""
+    file = folder / "metrics.jsonl"
+    whole = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in whole]
 
 
 def logged(folder, step):

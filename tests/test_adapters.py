@@ -21,7 +21,7 @@ from jaxft.config import Lora, Optim
 from jaxft.errors import UserError
 from jaxft.learn import optim
 from jaxft.learn.step import initial_state, make_train_step
-from jaxft.models.lora import adaptation, described
+from jaxft.models.adaptation import described, plan_of
 from jaxft.models.tensors import count_parameters
 from jaxft.parallel.mesh import make_mesh
 from jaxft.weights.hub import read_arch
@@ -348,14 +348,14 @@ VERDICTS = [
 @pytest.mark.parametrize(("family", "lora", "said"), VERDICTS)
 def test_whether_vllm_can_serve_an_adapter_is_said_with_the_reasons(family, lora, said, biased, tmp_path):
     arch = read_arch(biased if family == "qwen2" else make(family, tmp_path))
-    verdict = vllm_verdict(adaptation(lora, arch), arch)
+    verdict = vllm_verdict(plan_of(lora, arch), arch)
     assert all(part in verdict for part in said.split(" & ")), verdict
 
 
 def test_the_banner_says_ranks_modules_and_biases(biased):
     arch = read_arch(biased)
     lora = Lora(targets=("q_proj", "v_proj"), rank_pattern={"v_proj": 4}, bias="all", train_modules=(HEAD, EMBED))
-    said = described(adaptation(lora, arch))
+    said = described(plan_of(lora, arch))
     wanted = ("LoRA r=8 α=16 on q_proj×2", "r=4 α=16 on v_proj×2", "in full lm_head, model.embed_tokens", "6 biases")
     assert all(part in said for part in wanted), said
-    assert "DoRA" in described(adaptation(Lora(dora=True), arch))
+    assert "DoRA" in described(plan_of(Lora(dora=True), arch))

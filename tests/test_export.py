@@ -22,7 +22,7 @@ from test_peft import copy
 
 from jaxft import config, export
 from jaxft.errors import UserError
-from jaxft.models.lora import Adapter
+from jaxft.models.adaptation import Adapter
 from jaxft.weights import merged
 from jaxft.weights.model import find
 

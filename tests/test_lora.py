@@ -9,8 +9,9 @@ from checkpoints import SIZES, llama, load, logits, peft_model, save, tokens, wi
 from jaxft.config import Lora
 from jaxft.errors import UserError
 from jaxft.models import decoder, ops, tensors
+from jaxft.models.adaptation import plan_of, targets
 from jaxft.models.families import arch_from_config
-from jaxft.models.lora import Linear, adaptation, read, targets
+from jaxft.models.lora import Linear, read
 
 ARCH = arch_from_config({"model_type": "llama", **SIZES, "num_hidden_layers": 3})
 PATHS = list(ARCH.linear_shapes())
@@ -190,7 +191,7 @@ def test_parameter_counts_equal_pefts(rank, wanted, tied, tmp_path):
 @pytest.mark.parametrize("masks", ["shared", "separate"])
 def test_modules_of_one_input_share_a_mask_unless_they_are_to_have_their_own(masks):
     """Two pairs with A the identity and B ones over one input: a row's sum tells how much of it their mask kept."""
-    plan = adaptation(Lora(rank=64, alpha=64, dropout=0.5, dropout_masks=masks), ARCH)
+    plan = plan_of(Lora(rank=64, alpha=64, dropout=0.5, dropout_masks=masks), ARCH)
     paths = [f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj")]
     made = [Linear((path,), (64, 3), ("embed", "ffn"), plan, bias=False, dtype=jnp.float32) for path in paths]
     for layer in made:

@@ -82,30 +82,31 @@ def mesh_of(name):
     return make_mesh(devices=jax.devices()[:1]) if name.startswith("swept") else make_mesh(config.Mesh(**MESHES[name]))
 
 
+@pytest.fixture
+def small_chunks(request, monkeypatch):
+    """So that these few positions and columns are several chunks and parts; on a CPU as on a chip where a place says so."""
+    for name, value in (
+        ("CHUNK_ELEMENTS", 96 * 7), ("MIN_CHUNK", 1), ("SWEPT_CHUNK", 40), ("COLUMNS", 17), ("CPU_COLUMNS", 17),
+    ):  # fmt: skip
+        monkeypatch.setattr(loss, name, value)
+    if "where" in request.fixturenames and request.getfixturevalue("where").endswith("chip"):
+        monkeypatch.setattr(loss, "_on_cpu", lambda mesh: False)
+
+
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("V", [96, 97], ids=["V=96", "V=97, which splits over nothing"])
 @pytest.mark.parametrize("cap", [None, 2.0], ids=["", "capped"])
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("where", MESHES)
-def test_sums_and_gradients_are_those_of_whole_logits(where, trained, cap, V, monkeypatch):
+def test_sums_and_gradients_are_those_of_whole_logits(where, trained, cap, V):
     if V == 97 and where == "2·2·2":
         V = 98  # by tensor=2 it must split; not by fsdp too
-    for name, value in (
-        ("CHUNK_ELEMENTS", 96 * 7),
-        ("MIN_CHUNK", 1),
-        ("SWEPT_CHUNK", 40),
-        ("COLUMNS", 17),
-        ("CPU_COLUMNS", 17),
-    ):
-        monkeypatch.setattr(loss, name, value)
-    if where.endswith("chip"):
-        monkeypatch.setattr(loss, "_on_cpu", lambda mesh: False)
     assert_equal(model(V, cap, mesh_of(where), trained), V, cap)
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("where", MESHES)
-def test_a_head_in_int8_is_the_head_that_its_codes_stand_for(where, monkeypatch):
-    for name, value in (("CHUNK_ELEMENTS", 96 * 7), ("MIN_CHUNK", 1), ("SWEPT_CHUNK", 40), ("CPU_COLUMNS", 17)):
-        monkeypatch.setattr(loss, name, value)
+def test_a_head_in_int8_is_the_head_that_its_codes_stand_for(where):
     made = model(96, 2.0, mesh_of(where))
     codes, scale = encode_rows(made.head[...])
     decoded = SimpleNamespace(**{**vars(made), "head": Frozen(codes.astype(jnp.float32) * scale[:, None])})
@@ -120,18 +121,11 @@ def test_a_head_in_int8_is_the_head_that_its_codes_stand_for(where, monkeypatch)
     np.testing.assert_allclose(of_h, of_wanted, atol=2e-6 * float(jnp.abs(of_wanted).max()))
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     ("where", "V"), [("one device", 96), ("swept", 97), ("fsdp=8", 96), ("fsdp=8", 97), ("2·2·2", 96), ("2·2·2", 98)]
 )
-def test_the_scores_of_positions_are_those_of_whole_logits(where, V, monkeypatch):
-    for name, value in (
-        ("CHUNK_ELEMENTS", 96 * 7),
-        ("MIN_CHUNK", 1),
-        ("SWEPT_CHUNK", 40),
-        ("COLUMNS", 17),
-        ("CPU_COLUMNS", 17),
-    ):
-        monkeypatch.setattr(loss, name, value)
+def test_the_scores_of_positions_are_those_of_whole_logits(where, V):
     made = model(V, 2.0, mesh_of(where))
     h, targets, weights = batch(V)
     logits = 2.0 * jnp.tanh(h @ made.head[...].T / 2.0)

@@ -129,11 +129,13 @@ def test_the_panel_has_the_tasks_that_training_was_not_for(run, figures, written
 
 
 def test_a_base_that_solves_nothing_cannot_lose_anything():
-    from jaxft.reports.evaluations import Row
+    from jaxft.analysis.comparison import PanelRow
     from jaxft.reports.sections.panel import flag, floored
 
-    def row(right: int, near: bool | None = None) -> Row:
-        return Row("t", "exact_match", 100, right / 100, 0.0, -right / 100, (-0.1, 0.0), 1.0, "no change shown", near)
+    def row(right: int, near: bool | None = None) -> PanelRow:
+        return PanelRow(
+            "t", "exact_match", 100, right / 100, 0.0, -right / 100, (-0.1, 0.0), 1.0, "no change shown", near
+        )
 
     assert floored(row(5)) == "the base has 5 right" and floored(row(6)) is None and floored(row(50, True))
     assert flag([row(0)]).raised is None and flag([row(0), row(50)]).raised is False

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from launched import TIMES, lines
 
 import jaxft
 from jaxft import train
@@ -21,21 +22,12 @@ SHORT = [
     "--model.init", "random", "--data.limit", "60", "--data.max_length", "96", "--optim.max_steps", "20",
     "--eval.every_steps", "5", "--run.log_every", "4", "--eval.tasks", "--eval.samples", "0",
 ]  # fmt: skip
-TIMES = {
-    "tokens_per_second", "tokens_per_second_per_chip", "seconds_per_step", "host_memory_gib", "eval_seconds", "data_wait",
-}  # fmt: skip
 
 
 def start(folder, *more):
     """Runs the train verb in this process."""
     train.main(["--config", "tiny_cpu.py", "--run.dir", str(folder), *SHORT, *more])
     return folder
-
-
-def lines(folder):
-    """metrics.jsonl without what clock and machine decide."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
 
 
 @pytest.fixture(scope="module", autouse=True)

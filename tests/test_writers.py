@@ -18,7 +18,7 @@ from jaxft.errors import UserError
 from jaxft.learn.metrics import Metrics
 from jaxft.learn.norms import adapter_norms
 from jaxft.learn.writers import Board, flat
-from jaxft.models.lora import adaptation
+from jaxft.models.adaptation import plan_of
 from jaxft.parallel.mesh import make_mesh
 from jaxft.weights.hub import read_arch
 
@@ -143,7 +143,7 @@ def test_norms_are_those_of_the_pairs_and_of_their_product(mesh, tmp_path):
     lora = Lora(rank=4, alpha=6, rslora=True)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else make_mesh(Mesh(**mesh))
     loaded = with_random_b(load(save(llama(vocab_size=96), tmp_path), lora, mesh=mesh))
-    found = adapter_norms(loaded.rows, adaptation(lora, read_arch(tmp_path)), mesh)(loaded.trainable)
+    found = adapter_norms(loaded.rows, plan_of(lora, read_arch(tmp_path)), mesh)(loaded.trainable)
     wanted = {"A": [], "B": [], "added": []}
     for row in loaded.rows:
         if row.adapter and row.path.endswith(".a"):
@@ -155,8 +155,7 @@ def test_norms_are_those_of_the_pairs_and_of_their_product(mesh, tmp_path):
     for name, values in wanted.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-5)
     assert (
-        adapter_norms([row for row in loaded.rows if not row.adapter], adaptation(None, read_arch(tmp_path)), mesh)
-        is None
+        adapter_norms([row for row in loaded.rows if not row.adapter], plan_of(None, read_arch(tmp_path)), mesh) is None
     )
 
 

@@ -98,7 +98,7 @@ class PanelRow:
     difference_interval: tuple[float, float]
     p_value: float
     verdict: str
-    near_chance: bool | None
+    near_chance: bool | None = None
 
 
 def panel(tasks: Sequence[Measured], *, seed: int = 0) -> list[PanelRow]:

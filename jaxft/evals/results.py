@@ -51,6 +51,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from jaxft import disk
 from jaxft.analysis import contamination, published
 from jaxft.analysis.comparison import PanelRow, panel
 from jaxft.errors import UserError
@@ -235,7 +236,7 @@ def write(folder: Path, results: Mapping[str, Any], measurements: Sequence[Measu
 
 def _write(file: Path, text: str) -> None:
     """JSON, in which half a surrogate pair, which is no Unicode text, stands as its escape."""
-    file.write_text(text, "utf-8", "backslashreplace")
+    disk.write_bytes(file, text.encode("utf-8", "backslashreplace"))
 
 
 def _file_name(measurement: Measurement) -> str:

@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import platform
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 import flax
 import jax
-from jax.sharding import Mesh
 
-from jaxft.config import Config
-from jaxft.data.dataset import Dataset
 from jaxft.learn.folder import RunFolder
+from jaxft.learn.job import Job
 from jaxft.learn.progress import tell
 from jaxft.learn.recompute import Compiled
-from jaxft.models import lora
+from jaxft.models.adaptation import described
 from jaxft.models.tensors import count_parameters
-from jaxft.weights.model import Loaded, Source
-
-
-class Job(Protocol):
-    """A run whose parts have been checked."""
-
-    @property
-    def config(self) -> Config: ...
-    @property
-    def source(self) -> Source: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def mesh(self) -> Mesh: ...
-    @property
-    def data(self) -> Dataset: ...
-    @property
-    def steps(self) -> int: ...
+from jaxft.weights.model import Loaded
 
 
 def facts(job: Job, loaded: Loaded, compiled: Compiled, planned: Any, started: str | None) -> dict[str, Any]:
@@ -68,7 +49,7 @@ def tell_all(job: Job, folder: RunFolder, resumed: int | None) -> None:
     """Model, adapter, data, devices and folder, and the step of the checkpoint that the run goes on from."""
     model, device, optim = folder.results["model"], folder.results["device"], job.config.optim
     trainable, parameters = model["trainable"], model["parameters"]
-    adapted = lora.described(job.source.plan)
+    adapted = described(job.source.plan)
     shape = ", ".join(f"{name}={size}" for name, size in job.mesh.shape.items())
     data = job.data.facts
     tell(f"model: {model['name']} ({model['family']}, {model['dtype']})")

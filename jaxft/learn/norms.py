@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.models.lora import Adaptation
+from jaxft.models.adaptation import Adaptation
 from jaxft.models.tensors import Tensor
 from jaxft.parallel.sharding import replicated
 

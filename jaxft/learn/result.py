@@ -6,8 +6,8 @@ import contextlib
 from typing import Any
 
 from jaxft import disk
-from jaxft.learn.description import Job
 from jaxft.learn.folder import RunFolder
+from jaxft.learn.job import Job
 from jaxft.learn.metrics import evaluation
 from jaxft.learn.progress import tell
 from jaxft.weights import merged, peft

@@ -14,9 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from jaxft.models import ops
+from jaxft.models.adaptation import Adaptation
 from jaxft.models.arch import BIASES, NORMS, Arch
 from jaxft.models.attention import KERNELS, Places
-from jaxft.models.lora import Adaptation, Linear, base, read
+from jaxft.models.lora import Linear, base, read
 
 LINEAR_AXES = {
     "q_proj": ("embed", "heads"), "k_proj": ("embed", "kv_heads"), "v_proj": ("embed", "kv_heads"),

@@ -15,10 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxft.models import ops
+from jaxft.models.adaptation import Adaptation
 from jaxft.models.arch import Arch, LayerSpec, stages
 from jaxft.models.attention import Places
 from jaxft.models.block import SITES, Context, Norm
-from jaxft.models.lora import Adaptation, Trainable, table
+from jaxft.models.lora import Trainable, table
 from jaxft.models.stage import HIDDEN_AXES, Stage
 from jaxft.models.vocabulary import look_up, table_axes
 from jaxft.parallel.sharding import check_split, constrain

@@ -120,7 +120,7 @@ class Scheme:
         n_in = groups * size * self.packed
         scale = self._scale(scales, (n_out, n_in))
         if scale.ndim == 2:
-            wide = jnp.repeat(scale, self.packed, axis=0)[:, None, :] if self.packed > 1 else scale[:, None, :]
+            wide = jnp.repeat(scale, self.packed, axis=0)[:, None, :]
         else:
             blocks = jnp.broadcast_to(scale[:, None], (scale.shape[0], BLOCK)).reshape(-1)[: n_in * n_out]
             wide = blocks.reshape(n_out, n_in).T.reshape(self.packed, size, n_out)

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxft.models.adaptation import Adaptation
 from jaxft.models.arch import Arch
 from jaxft.models.attention import SAVED, saved
 from jaxft.models.block import Block, Context
-from jaxft.models.lora import Adaptation, gathered_codes, gathered_pairs
+from jaxft.models.lora import gathered_codes, gathered_pairs
 from jaxft.parallel.sharding import constrain
 
 HIDDEN_AXES = ("batch", None, None)

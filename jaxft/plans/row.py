@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxft.config import Config, Model
+from jaxft.config import Config
 from jaxft.errors import UserError, one_line
 from jaxft.learn import recompute
 from jaxft.learn.recompute import DoesNotFit
@@ -106,15 +106,6 @@ def described(settings: Config, source: Source, policy: str, mesh: Mapping[str, 
     )  # fmt: skip
 
 
-def base_held(model: Model) -> str:
-    """How the frozen weights are held, in words; the dtype's own where they are not quantised."""
-    if model.quantize == "none":
-        return "as stored" if model.dtype == "auto" else model.dtype
-    groups = f" by {model.quantize_group}" if model.quantize == "int4" else ""
-    double, tables = (", scales in int8" * model.quantize_double, ", embedding in int8" * model.quantize_tables)
-    return f"{model.quantize}{groups}{double}{tables}"
-
-
 def held_bytes(source: Source) -> float:
     """Of a weight of the linear modules as it is held, scales included, on average."""
     shapes = source.arch.linear_shapes()
@@ -176,7 +167,7 @@ def _head(settings: Config, place: Place) -> Row:
         "slices": place.slices,
         "rows_per_step": settings.optim.batch_size,
         "accumulation_steps": settings.optim.accumulation_steps,
-        "base": base_held(settings.model),
+        "base": model.held_as(settings.model, settings.model.dtype),
         "hbm_bytes_per_chip": place.chip.hbm_bytes,
         "method": ARITHMETIC if place.topology is None else COMPILED,
     }

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxft.analysis.comparison import PanelRow
 from jaxft.reports import card, planned
 from jaxft.reports.document import Block, Bullets, Code, Gallery, Heading, Image, Table, Text, Verdict
-from jaxft.reports.evaluations import Row
 from jaxft.reports.figures import summarise
 from jaxft.reports.folder import RunRecord
 from jaxft.reports.sections import (
@@ -37,7 +37,7 @@ class Findings:
     run: RunRecord
     figures: dict[str, Any]
     scores: Sequence[Score]
-    panel: Sequence[Row]
+    panel: Sequence[PanelRow]
     compared: Sequence[Compared]
     hard: Sequence[Hardness]
     rows: Rows | None

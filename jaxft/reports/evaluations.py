@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jaxft.analysis.comparison import PanelRow
 from jaxft.analysis.hardness import Category
 from jaxft.reports.fitting import Fitter
 from jaxft.reports.records import found, object_of
@@ -93,22 +94,6 @@ class Contamination:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of an evaluation's panel, as `analysis.comparison.PanelRow`."""
-
-    task: str
-    protocol: str
-    documents: int
-    base: float
-    tuned: float
-    difference: float
-    difference_interval: tuple[float, float]
-    p_value: float
-    verdict: str
-    near_chance: bool | None = None
-
-
-@dataclass(frozen=True)
 class Task:
     """One task of an evaluation."""
 
@@ -133,7 +118,7 @@ class Evaluation:
     date: str
     model: str | None
     tasks: dict[str, Task]
-    panel: list[Row]
+    panel: list[PanelRow]
     rows: dict[str, str] = field(default_factory=dict)  # task -> the file or data set that was asked, where it was told
 
 
@@ -167,7 +152,7 @@ def _evaluation(name: str, value: dict[str, Any], damage: list[str]) -> Evaluati
     }
     model = value.get("model")
     named = model.get("model") if isinstance(model, dict) else None
-    date, panel = fit.one(str, value.get("date")), fit.many(Row, value.get("panel"))
+    date, panel = fit.one(str, value.get("date")), fit.many(PanelRow, value.get("panel"))
     if fit.left_out:
         damage.append(
             f"evaluations/{name}/results.json: {fit.left_out} parts left out that are not as an evaluation writes them"

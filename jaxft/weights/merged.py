@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxft.models.adaptation import Adaptation, Adapter
 from jaxft.models.arch import Arch
-from jaxft.models.lora import Adaptation, Adapter
 from jaxft.models.tensors import Tensor
 from jaxft.parallel.sharding import on_host
 from jaxft.weights.hub import read_json

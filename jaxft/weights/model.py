@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from jaxft import config
 from jaxft.errors import UserError
-from jaxft.models import decoder, lora, tensors
+from jaxft.models import decoder, tensors
+from jaxft.models.adaptation import Adaptation, plan_of, with_scheme
 from jaxft.models.arch import Arch
 from jaxft.models.attention import kernel_for
 from jaxft.models.families import arch_from_config, published
@@ -38,7 +39,7 @@ class Source:
     adapter: peft.AdapterFiles | None
     dtype: Any  # of frozen weights and activations here
     stored: Any  # of the checkpoint's files
-    plan: lora.Adaptation
+    plan: Adaptation
 
     @property
     def tokenizer_beside_adapter(self) -> Path:
@@ -84,9 +85,9 @@ def find(model: config.Model, adaptation: config.Lora | str | None = "base") -> 
     if adapter is not None:
         plan = adapter.plan(adaptation if isinstance(adaptation, config.Lora) else None)
     elif adaptation == "base":
-        plan = lora.Adaptation()
+        plan = Adaptation()
     else:
-        plan = lora.adaptation(adaptation, arch)
+        plan = plan_of(adaptation, arch)
     plan = quantized(plan, model, arch)
     stored = load.stored_dtype(folder, files, arch)
     dtype = jnp.dtype(model.dtype) if model.dtype != "auto" else stored
@@ -128,13 +129,13 @@ def sketch(model: config.Model, adaptation: config.Lora | None) -> Source:
     known = None if Path(model.name).is_dir() else published.CONFIGS.get(model.name)
     folder = Path(model.name) if known else local_folder(model.name, model.revision, weights=False)
     arch = arch_from_config(known, model.name) if known else read_arch(folder)
-    plan = quantized(lora.adaptation(adaptation, arch), model, arch)
+    plan = quantized(plan_of(adaptation, arch), model, arch)
     stored = load.named_dtype(known or read_json(folder / "config.json", "every model"))
     dtype = jnp.dtype(model.dtype) if model.dtype != "auto" else stored
     return Source(folder, folder, arch, None, None, dtype, stored, plan)
 
 
-def quantized(plan: lora.Adaptation, model: config.Model, arch: Arch) -> lora.Adaptation:
+def quantized(plan: Adaptation, model: config.Model, arch: Arch) -> Adaptation:
     """`plan` with the base held as `model` asks. Raises UserError."""
     if model.quantize_double and model.quantize != "nf4":
         raise UserError(f"quantize_double: is for nf4 alone, and quantize is {model.quantize}")
@@ -145,13 +146,13 @@ def quantized(plan: lora.Adaptation, model: config.Model, arch: Arch) -> lora.Ad
     if model.quantize == "int4" and model.quantize_group not in (32, 64, 128):
         raise UserError(f"quantize_group: {model.quantize_group} is none of 32, 64, 128")
     scheme = Scheme(model.quantize, model.quantize_group, model.quantize_double)
-    return lora.quantized(plan, scheme, model.quantize_skip, model.quantize_tables, arch)
+    return with_scheme(plan, scheme, model.quantize_skip, model.quantize_tables, arch)
 
 
 def held_as(model: config.Model, dtype: Any) -> str:
-    """What the base's linear layers are held as, in words; `dtype` is that of what is not quantised."""
+    """What the base's linear layers are held as, in words; `dtype` is that of what is not quantised, or auto."""
     words = {
-        "none": f"{jnp.dtype(dtype)}",
+        "none": "as stored" if dtype == "auto" else f"{jnp.dtype(dtype)}",
         "int8": "int8 with a scale per output",
         "int4": f"int4 with a scale per {model.quantize_group} inputs",
         "nf4": f"nf4 with a scale per {BLOCK} weights" + (", these in eight bits" if model.quantize_double else ""),

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxft.config import Lora
 from jaxft.errors import UserError
-from jaxft.models import lora
+from jaxft.models.adaptation import Adaptation, Adapter, matching, targets
 from jaxft.models.arch import Arch
 from jaxft.models.tensors import Tensor
 from jaxft.parallel.sharding import on_host
@@ -43,10 +43,10 @@ class AdapterFiles:
     """An adapter folder, opened. `tensors` are named without PEFT's prefix, as the table of tensors names them in `saved`."""
 
     folder: Path
-    adaptation: lora.Adaptation
+    adaptation: Adaptation
     tensors: Mapping[str, Slice]
 
-    def plan(self, training: Lora | None) -> lora.Adaptation:
+    def plan(self, training: Lora | None) -> Adaptation:
         """What the adapter adapts, with the dropout of `training` where that goes on."""
         dropout = (
             {} if training is None else {"dropout": training.dropout, "own_mask": training.dropout_masks == "separate"}
@@ -93,9 +93,7 @@ def open_adapter(folder: Path, arch: Arch) -> AdapterFiles:
             name = f"{path}.base_layer.bias" if path in adapters else f"{path}.bias"
         tensors[name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name] = part
     tied = bool(config.get("ensure_weight_tying")) and arch.tied_head and {arch.names.embed, arch.names.head} <= modules
-    plan = lora.Adaptation(
-        adapters, frozenset(modules - {arch.names.head} if tied else modules), frozenset(biases), tied
-    )
+    plan = Adaptation(adapters, frozenset(modules - {arch.names.head} if tied else modules), frozenset(biases), tied)
     strangers = [name for name in tensors if not _has_place(name, plan, arch.names.head)]
     if strangers or not adapters:
         first = (strangers or ["(an empty file)"])[0]
@@ -145,7 +143,7 @@ def _modules(config: Mapping[str, Any], found: Mapping[str, Slice], arch: Arch) 
     }
 
 
-def _has_place(name: str, plan: lora.Adaptation, head: str | None) -> bool:
+def _has_place(name: str, plan: Adaptation, head: str | None) -> bool:
     path = re.sub(r"\.(lora_[AB]\.weight|lora_magnitude_vector|base_layer\.bias)$", "", name)
     if path != name:
         return path in plan.adapters
@@ -153,7 +151,7 @@ def _has_place(name: str, plan: lora.Adaptation, head: str | None) -> bool:
     return path in plan.modules or path in plan.biases or (plan.keeps_tied and path == head)
 
 
-def _pairs(config: Mapping[str, Any], found: Mapping[str, Slice], arch: Arch, file: Path) -> dict[str, lora.Adapter]:
+def _pairs(config: Mapping[str, Any], found: Mapping[str, Slice], arch: Arch, file: Path) -> dict[str, Adapter]:
     """The modules whose pair is stored: the tensors decide, as `target_modules` may name more than was adapted."""
     rslora, dora = bool(config.get("use_rslora", False)), bool(config.get("use_dora", False))
     adapters = {}
@@ -168,7 +166,7 @@ def _pairs(config: Mapping[str, Any], found: Mapping[str, Slice], arch: Arch, fi
             raise UserError(
                 f"{file}: {path}: expected A {(rank, n_in)} and B {(n_out, rank)}, found {seen[0]} and {seen[1]}"
             )
-        adapters[path] = lora.Adapter(rank, float(alpha), rslora=rslora, dora=dora)
+        adapters[path] = Adapter(rank, float(alpha), rslora=rslora, dora=dora)
     return adapters
 
 
@@ -176,7 +174,7 @@ def _by_pattern(config: Mapping[str, Any], key: str, patterns_key: str, kind: An
     """PEFT's rule: the first pattern that matches the end of the module path, else the adapter-wide value (8)."""
     patterns = config.get(patterns_key) or {}
     try:
-        pattern = lora.matching(patterns, path)
+        pattern = matching(patterns, path)
         name, value = (key, config.get(key, 8)) if pattern is None else (patterns_key, patterns[pattern])
     except (re.error, TypeError, LookupError) as error:
         raise UserError(
@@ -191,7 +189,7 @@ def save(
     folder: Path,
     rows: Iterable[Tensor],
     arrays: Mapping[str, jax.Array],
-    plan: lora.Adaptation,
+    plan: Adaptation,
     arch: Arch,
     base_model: str,
     revision: str | None = None,
@@ -242,7 +240,7 @@ def base_revision(folder: Path, name: str) -> str | None:
     return config.get("revision") if config.get("base_model_name_or_path") == name else None
 
 
-def adapter_config(plan: lora.Adaptation, arch: Arch, base_model: str, revision: str | None = None) -> dict[str, Any]:
+def adapter_config(plan: Adaptation, arch: Arch, base_model: str, revision: str | None = None) -> dict[str, Any]:
     """adapter_config.json: every key that bears on the result, since PEFT fills absent ones with its own defaults."""
     first = next(iter(plan.adapters.values()))
     return {
@@ -270,13 +268,13 @@ def adapter_config(plan: lora.Adaptation, arch: Arch, base_model: str, revision:
     }
 
 
-def target_names(plan: lora.Adaptation, arch: Arch) -> list[str]:
+def target_names(plan: Adaptation, arch: Arch) -> list[str]:
     """Leaf names where they select exactly the adapted modules, whole paths where they would select more."""
     leaves = sorted({path.rpartition(".")[2] for path in plan.adapters})
-    return leaves if set(lora.targets(tuple(leaves), arch)) == set(plan.adapters) else sorted(plan.adapters)
+    return leaves if set(targets(tuple(leaves), arch)) == set(plan.adapters) else sorted(plan.adapters)
 
 
-def vllm_verdict(plan: lora.Adaptation, arch: Arch) -> str:
+def vllm_verdict(plan: Adaptation, arch: Arch) -> str:
     """Whether vLLM can serve the adapter as it stands, or why not (by its PEFTHelper's rules, and its default rank of 16)."""
     pairs = plan.adapters.values()
     ranks = {pair.rank for pair in pairs}

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxft.weights import manifest
+from tests.launched import lines
 
 EVERY = 4
 TRAIN = [
@@ -26,9 +27,6 @@ TRAIN = [
     "--eval.every_steps", str(EVERY), "--run.log_every", "1", "--eval.tasks", "--eval.samples", "0",
 ]  # fmt: skip
 FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "examples.jsonl")
-TIMES = {
-    "tokens_per_second", "tokens_per_second_per_chip", "seconds_per_step", "host_memory_gib", "eval_seconds", "data_wait",
-}  # fmt: skip
 # Module, what of it, on which call, and whether before it or after it.
 POINTS = {
     "compile": ("jaxft.learn.recompute", "_executable", 1, "before"),
@@ -116,9 +114,7 @@ class Run:
         return max((record["step"] for record in self.records()), default=0)
 
     def records(self) -> list[dict]:
-        file = self.folder / "metrics.jsonl"
-        lines = file.read_text().split("\n")[:-1] if file.exists() else []  # the last one may be cut
-        return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+        return lines(self.folder)
 
     def damaged(self) -> list[str]:
         """Checkpoints that have a name and are not whole."""

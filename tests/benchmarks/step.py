@@ -91,7 +91,7 @@ def shorten(layers):
     def short(*arguments):
         source = whole(*arguments)
         arch = replace(source.arch, layers=source.arch.layers[:layers])
-        return replace(source, arch=arch, plan=model.lora.adaptation(config.Lora(dropout=0.1), arch))
+        return replace(source, arch=arch, plan=model.plan_of(config.Lora(dropout=0.1), arch))
 
     model.sketch = short
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jaxft.analysis.comparison import PanelRow
 from jaxft.reports.document import Code, Inline
-from jaxft.reports.evaluations import Row
 from jaxft.reports.folder import RunRecord
 from jaxft.reports.records import of_split
 from jaxft.reports.sections.tasks import Score
@@ -17,7 +17,9 @@ SEEDS = (
 )
 
 
-def unmeasured(run: RunRecord, figures: dict[str, Any], scores: Sequence[Score], rows: Sequence[Row]) -> list[Inline]:
+def unmeasured(
+    run: RunRecord, figures: dict[str, Any], scores: Sequence[Score], rows: Sequence[PanelRow]
+) -> list[Inline]:
     """A line each; what was measured is not named."""
     lines: list[tuple[bool, Inline]] = [
         (not scores, ("Right answers by generation: give a task in ", Code("eval.tasks"), ", or run ", EVALUATE, ".")),

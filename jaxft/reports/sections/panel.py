@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jaxft.analysis.comparison import LEVEL
+from jaxft.analysis.comparison import LEVEL, PanelRow
 from jaxft.reports.document import Block, Code, Flag, Heading, Table, Text
-from jaxft.reports.evaluations import Row
 from jaxft.reports.folder import RunRecord
 from jaxft.reports.sections.tasks import trained
 from jaxft.reports.wording import counted, share, signed, whole
@@ -16,7 +15,7 @@ UNSHOWN = "no change shown"
 LEAST_RIGHT = 6  # of the base: were all lost and none won, McNemar's p would be 2 / 2^6 = 0.03; of five it is 0.06
 
 
-def measure(run: RunRecord) -> list[Row]:
+def measure(run: RunRecord) -> list[PanelRow]:
     """A row per task of evaluations that training was not for, each from the newest evaluation that has it.
 
     p-values are Holm's over all tasks of their evaluation; where rows come from several evaluations, each is multiplied by
@@ -28,12 +27,12 @@ def measure(run: RunRecord) -> list[Row]:
     return [_adjusted(row, families) for _, row in kept]
 
 
-def _adjusted(row: Row, families: int) -> Row:
+def _adjusted(row: PanelRow, families: int) -> PanelRow:
     p = min(1.0, row.p_value * families)
     return replace(row, p_value=p, verdict=row.verdict if p < LEVEL else UNSHOWN)
 
 
-def flag(rows: Sequence[Row]) -> Flag:
+def flag(rows: Sequence[PanelRow]) -> Flag:
     """Raised where a task got worse."""
     name = "Regression"
     if not rows:
@@ -46,7 +45,7 @@ def flag(rows: Sequence[Row]) -> Flag:
     return Flag(name, True if worse else None if len(unable) == len(rows) else False, words + ".")
 
 
-def blocks(rows: Sequence[Row]) -> list[Block]:
+def blocks(rows: Sequence[PanelRow]) -> list[Block]:
     """The panel; nothing without rows."""
     if not rows:
         return []
@@ -71,7 +70,7 @@ def blocks(rows: Sequence[Row]) -> list[Block]:
     return [Heading(2, "Other abilities: the regression panel"), Table(head, table, words=(5, 6)), Text(note)]
 
 
-def floored(row: Row) -> str | None:
+def floored(row: PanelRow) -> str | None:
     """Why a task cannot show a loss: the base guesses, or has too few right for any loss of them to be told from chance."""
     if row.near_chance:
         return "the base is near chance"
@@ -81,15 +80,15 @@ def floored(row: Row) -> str | None:
     return None
 
 
-def _share(row: Row) -> bool:
+def _share(row: PanelRow) -> bool:
     return 0 <= row.base <= 1 and 0 <= row.tuned <= 1
 
 
-def _score(row: Row, value: float) -> str:
+def _score(row: PanelRow, value: float) -> str:
     return share(value) if _share(row) else f"{value:,.4g}"
 
 
-def _difference(row: Row) -> str:
+def _difference(row: PanelRow) -> str:
     scale, digits = (100, 1) if _share(row) else (1, 3)
     value, low, high = (signed(v * scale, digits) for v in (row.difference, *row.difference_interval))
     return f"{value} ({low} to {high})"

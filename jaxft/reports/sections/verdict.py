@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from jaxft.analysis.comparison import PanelRow
 from jaxft.reports.document import Code, Flag, Inline, Part, Strong, Verdict
-from jaxft.reports.evaluations import Row
 from jaxft.reports.sections import contamination, movement, panel
 from jaxft.reports.sections.tasks import Result, Score
 from jaxft.reports.wording import UNKNOWN, between, nats, p_value, points, share, whole
@@ -19,7 +19,10 @@ BRACKETS = "Brackets hold 95 % intervals; p is McNemar's, exact, on the same pro
 
 
 def verdict(
-    figures: dict[str, Any], scores: Sequence[Score], rows: Sequence[Row], compared: Sequence[contamination.Compared]
+    figures: dict[str, Any],
+    scores: Sequence[Score],
+    rows: Sequence[PanelRow],
+    compared: Sequence[contamination.Compared],
 ) -> Verdict:
     """Tasks by generation, validation loss, token accuracy under its own name, how it ended; then the flags."""
     about = [s for s in scores if s.primary and s.trained and (s.tuned or s.base)]
