@@ -21,18 +21,21 @@ def load(
     quantize: str = "none",
     quantize_group: int = 64,
     quantize_double: bool = False,
+    quantize_tables: bool = False,
 ) -> tuple[Any, Any]:
     """`(model, tokenizer)` of a Hub id, local folder or builtin:tiny, with a PEFT adapter folder on top where given.
 
     `model(tokens, positions=None, segment_ids=None)` gives float32 logits `[B,S,V]`. `dtype` is that of weights and
     activations: float32, bfloat16, or auto for the checkpoint's own. `tokenizer` names another than the model's or the
     adapter's. `quantize` (none, int8, nf4, int4) is how the base's linear layers are held, `quantize_group` the inputs that
-    share a scale of int4, `quantize_double` holds nf4's scales in eight bits. Raises `jaxft.errors.UserError`.
+    share a scale of int4, `quantize_double` holds nf4's scales in eight bits, `quantize_tables` embedding and head in int8.
+    Raises `jaxft.errors.UserError`.
     """
     from jaxft.data.chat import load_tokenizer
     from jaxft.weights.model import load_decoder
 
     held = {"quantize": quantize, "quantize_group": quantize_group, "quantize_double": quantize_double}
+    held |= {"quantize_tables": quantize_tables}
     model, folder = load_decoder(name_or_folder, dtype, adapter, tokenizer=tokenizer, **held)
     return model, load_tokenizer(folder)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from jaxft.errors import UserError, run_verb
+from jaxft.errors import UserError, run_process
 
 VERBS = {
     "plan": "compile the training step for a TPU slice, without one",
@@ -31,7 +31,7 @@ def _dispatch(argv: list[str]) -> int | None:
 
 def main() -> None:
     """The console script."""
-    run_verb(_dispatch)
+    run_process(_dispatch)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ HUGGING_FACE_NAMES = {
     "tokenizer_name": "model.tokenizer", "tokenizer_name_or_path": "model.tokenizer",
     "dataset_name": "data.name", "train_file": "data.files", "max_seq_length": "data.max_length",
     "max_seq_len": "data.max_length", "cutoff_len": "data.max_length", "lr": "optim.learning_rate",
+    "lora_plus_ratio": "optim.loraplus_lr_ratio", "weight_dtype": "model.param_dtype",
     "learning_rate": "optim.learning_rate", "lr_scheduler_type": "optim.schedule", "warmup_ratio": "optim.warmup",
     "warmup_steps": "optim.warmup", "max_grad_norm": "optim.clip", "num_train_epochs": "optim.epochs",
     "num_epochs": "optim.epochs", "per_device_train_batch_size": "optim.batch_size",

@@ -29,17 +29,23 @@ class Model:
     """Hub id (meta-llama/Llama-3.2-1B), local folder, or builtin:tiny."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
+    verify: bool = False
+    """Read the weights once more before, and compare their SHA-256 with the Hub's, which its cache knows."""
     tokenizer: str | None = None
     """Hub id or local folder of the tokenizer; where None, the model's own (OpenELM brings none)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen weights and the activations; auto keeps the checkpoint's own."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights that lora None trains. bfloat16 halves them and their gradients; updates are added with stochastic
+    rounding, because rounding to the nearest would lose the small ones."""
     adapter: str | None = None
     """A PEFT adapter folder to start from; what it adapts, its ranks and its alphas replace those of `lora`."""
     init: Literal["weights", "random"] = "weights"
     """random starts from run.seed and reads only config.json and the tokenizer (pretraining, with lora None)."""
-    remat: Literal["auto", "none", "dots", "qkv", "full"] = "auto"
+    remat: Literal["auto", "none", "dots", "qkv", "full", "nested"] = "auto"
     """Activations kept for the backward pass: none recomputes nothing, dots keeps every matmul's output, qkv the attention's,
-    full only layer inputs. auto takes the first of dots, qkv and full that the compiler fits into the device; dots on a CPU."""
+    full only layer inputs, nested those of groups of layers (7 of 6 for 42; another forward pass; full below 8 layers). auto
+    takes the first of dots, qkv, full and nested that the compiler fits into the device; dots on a CPU."""
     attention: Literal["auto", "dense", "blocked", "splash", "cudnn", "tokamax"] = "auto"
     """Attention kernel; auto is blocked on a CPU, splash on a TPU, and on a GPU in bfloat16 cudnn, or tokamax where
     scores are capped and it is installed; dense (plain XLA) where these cannot compute the model."""
@@ -139,6 +145,8 @@ class Optim:
 
     learning_rate: float = 2e-4
     """Peak."""
+    loraplus_lr_ratio: float = 1.0
+    """LoRA+: B of each pair, and biases and magnitudes trained beside it, learn at so many times the learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """After warm-up: constant, or down to zero at the last step."""
     warmup: float = 0.0
@@ -339,6 +347,7 @@ def validate(config: Config) -> None:
 _RANGES = (
     ("lora.rank", 1, 65536), ("lora.alpha", 1e-9, 1e9), ("lora.dropout", 0, 0.999), ("data.max_length", 2, 1 << 24),
     ("data.validation_fraction", 0, 0.9), ("data.limit", 1, math.inf), ("optim.learning_rate", 0, 1e3),
+    ("optim.loraplus_lr_ratio", 1e-9, 1e9),
     ("optim.warmup", 0, math.inf), ("optim.weight_decay", 0, 1e3), ("optim.beta1", 0, 0.999999),
     ("optim.beta2", 0, 0.9999999), ("optim.epsilon", 0, 1), ("optim.clip", 1e-12, math.inf), ("optim.epochs", 1e-9, 1e9),
     ("optim.max_steps", 1, math.inf), ("optim.batch_size", 1, math.inf), ("optim.accumulation_steps", 1, math.inf),
@@ -366,6 +375,12 @@ def _validate_together(config: Config) -> None:
         raise UserError(
             f"model.quantize: {model.quantize} weights are frozen, and lora None trains every weight; take one"
         )
+    if model.param_dtype != "float32" and lora is not None:
+        raise UserError(
+            f"model.param_dtype: {model.param_dtype} is for lora None; an adapter, and what is trained beside it, stays float32"
+        )
+    if optim.loraplus_lr_ratio != 1 and lora is None:
+        raise UserError("optim.loraplus_lr_ratio: is B's of a pair, and with lora None there is none; leave it at 1")
     if model.quantize_tables and model.quantize == "none":
         raise UserError("model.quantize_tables: needs model.quantize, which is none")
     if model.quantize_double and model.quantize != "nf4":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import errno
 import os
 import re
@@ -9,8 +11,15 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 
-# What a secret looks like in a message, a setting or a URL: the Hub's tokens, and a password before a host.
-SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}|(?<=://)[^/\s@]+(?=@)")
+# What a secret looks like in a message, a setting or a URL: a token of the Hub, of GitHub or of a model service, a password
+# before a host; and the value of a key that is called so, which stands behind it.
+SECRET = re.compile(r"\b(?:hf_|ghp_|github_pat_|sk-)[A-Za-z0-9_-]{20,}|(?<=://)[^/\s@]+(?=@)")
+NAMED = re.compile(
+    r"([?&](?:token|key|sig|signature|x-(?:amz|goog)-(?:signature|credential|security-token))="
+    r"|\b[\w-]*(?:(?:hf|hub|auth|access|api|wandb|bearer)[_-]token|api[_-]?key|secret(?:[_-]key)?|passw(?:or)?d)['\"]?\s*[:=]\s*['\"]?"
+    r"|\bauthorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic)\s+)(?!(?:null|none|true|false|[\d.]+)\b)[^\s'\",&]{4,}",
+    re.IGNORECASE,
+)
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")
 
@@ -70,6 +79,27 @@ def run_verb(main: Callable[[list[str]], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or exit_code(error)
     sys.exit(code)
+
+
+def run_process(main: Callable[[list[str]], int | None]) -> None:
+    """`run_verb` where the process is there for nothing else: at the end it leaves at once.
+
+    What is registered at exit runs, but Python does not take its modules apart, which after JAX takes a second or more.
+    """
+    code = [1]  # of a traceback
+    atexit.register(lambda: _leave(code[0]))  # the first to be registered, and so the last to run
+    try:
+        run_verb(main)
+    except SystemExit as ended:
+        code[0] = ended.code
+        raise
+
+
+def _leave(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
 
 
 def exit_code(error: BaseException) -> int:
@@ -132,7 +162,7 @@ def _disk(file: object, why: object) -> str:
 
 def redacted(text: str) -> str:
     """The text without what looks like a secret."""
-    return SECRET.sub("***", text)
+    return NAMED.sub(r"\1***", SECRET.sub("***", text))
 
 
 def one_line(error: object) -> str:

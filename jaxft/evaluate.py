@@ -48,6 +48,8 @@ class Options:
     """Inputs that share a scale of int4."""
     quantize_double: bool = False
     """Hold nf4's scales in eight bits too."""
+    quantize_tables: bool = False
+    """Hold embedding and head in int8 as well."""
     samples: int = 8
     """Answers per problem that vote in self-consistency; the harness's own task draws 64."""
     temperature: float | None = None
@@ -145,6 +147,8 @@ def _check(options: Options) -> None:
         raise UserError(f"--train-rows: expected 0 or more, found {options.train_rows}")
     if options.quantize_double and options.quantize != "nf4":
         raise UserError("--quantize-double: is for --quantize nf4 alone, which was not given")
+    if options.quantize_tables and options.quantize in (None, "none"):
+        raise UserError("--quantize-tables: needs --quantize int8, int4 or nf4, which was not given")
     if options.no_base and not options.adapter:
         raise UserError("--no-base: there is no adapter; a base model alone needs no such flag")
 
@@ -183,7 +187,7 @@ def _opened(options: Options, model: str, adapter: str | None, run: TrainingRun 
         quantize=held.quantize,
         quantize_group=held.quantize_group,
         quantize_double=held.quantize_double,
-        quantize_tables=held is own and own.quantize_tables,
+        quantize_tables=held.quantize_tables,
         quantize_skip=own.quantize_skip if held is own else (),
     )
 

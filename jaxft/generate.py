@@ -51,6 +51,8 @@ class Options:
     """Inputs that share a scale of int4."""
     quantize_double: bool = False
     """Hold nf4's scales in eight bits too."""
+    quantize_tables: bool = False
+    """Hold embedding and head in int8 as well."""
     compilation_cache: str | None = Run.compilation_cache
     """Folder where compiled programs are kept for the next start; None keeps none."""
 
@@ -65,7 +67,8 @@ def main(argv: list[str]) -> None:
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.samples, options.seed)
     keep_compiled(options.compilation_cache)
-    held = {name: getattr(options, name) for name in ("quantize", "quantize_group", "quantize_double")}
+    about = ("quantize", "quantize_group", "quantize_double", "quantize_tables")
+    held = {name: getattr(options, name) for name in about}
     base = _base(options)
     model, tokenizer = jaxft.load(base, options.dtype, options.adapter, options.tokenizer, **held)
     asked = prompts if options.template == "none" else _rendered(tokenizer, prompts, options.template)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jaxft
 from jaxft import command_line, config
-from jaxft.errors import UserError, run_verb
+from jaxft.errors import UserError, run_process
 from jaxft.learn.job import Job
 from jaxft.learn.progress import tell
 
@@ -76,7 +76,7 @@ def run(settings: config.Config) -> None:
                 _say_finished(folder)
                 return
             keep_compiled(settings.run.compilation_cache)
-            with folder.held(), Watchdog(processes) as watchdog:
+            with folder.held(), Watchdog(processes) as watchdog, goodput.ended(folder.path, writes=processes.first):
                 _run(settings, folder, Clock(began, watchdog, preemption, goodput))
 
 
@@ -115,7 +115,8 @@ def _run(settings: config.Config, folder: RunFolder, clock: Clock) -> None:
         _measure_tasks(job, started, folder, "base", started.state.trainable)
     clock.goodput.begin("load")
     evaluator = _evaluator(job, started, clock)
-    with metrics.opened(folder, settings, None if started.stand is None else int(started.state.step)) as told:
+    resumed = None if started.stand is None else int(started.state.step)
+    with metrics.opened(folder, settings, resumed, started.stand) as told:
         if started.stand is None:
             told.histogram("data/train_row_tokens", job.data.parts["train"].lengths, 0)
         loop, reason = _train(job, started, folder, clock, evaluator, told)
@@ -339,7 +340,7 @@ def _finish(
     folder.update({"state": "finished"})
     clock.goodput.begin("export")
     _report(folder)
-    clock.goodput.close()
+    clock.goodput.close()  # before it is sent
     folder.send()
 
 
@@ -352,4 +353,4 @@ def _report(folder: RunFolder) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    run_process(main)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from marked import exhaustive, slow
 
 from jaxft.models.attention import KERNELS, Places, gpu, saved
 from jaxft.parallel.mesh import AXES
@@ -77,8 +78,9 @@ def test_splash_compiles_for_a_v6e(tpu_mesh):
     traced("splash", FAMILIES[::3], tpu_mesh("v6e:2x4")).lower().compile()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4", "v5p:2x2x2", "v4:2x2x1"])
+@pytest.mark.parametrize(
+    "topology", [slow("v5e:2x4"), exhaustive("v6e:2x4"), exhaustive("v5p:2x2x2"), exhaustive("v4:2x2x1")]
+)
 def test_splash_compiles_for_every_shape_and_long_rows(tpu_mesh, topology):
     mesh = tpu_mesh(topology)
     traced("splash", FAMILIES + OTHERS, mesh).lower().compile()

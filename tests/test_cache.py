@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 
 from jaxft import train
 from jaxft.config import Config, Data, Model, Optim
-from jaxft.data import cache, chat
+from jaxft.data import cache, chat, conversation
 from jaxft.data.marks import KINDS
 from jaxft.data.rows import Row, Turn
 
@@ -124,8 +124,8 @@ def test_whatever_decides_a_token_or_a_mask_asks_for_other_tokens(encoded, monke
         assert encoded(**change)[1], what
         assert len(files(encoded.folder)) == min(count, cache.KEPT), what
     assert not any(encoded(**change)[1] for change in changes.values())
-    for name, value in (("FORM", cache.FORM + 1), ("DATE", "27 Jul 2024")):
-        monkeypatch.setattr(cache if name == "FORM" else chat, name, value)
+    for module, name, value in ((cache, "FORM", cache.FORM + 1), (conversation, "DATE", "27 Jul 2024")):
+        monkeypatch.setattr(module, name, value)
         assert encoded()[1], name
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxft import config, export
-from jaxft.data import chat, rows, sources
+from jaxft.data import chat, conversation, rows, sources
 from jaxft.data.rows import Row, Turn
 from jaxft.data.sandbox import LIMIT_BYTES, Sandbox, TemplateFault
 from jaxft.errors import UserError
@@ -207,7 +207,7 @@ ENDLESS = {
 def test_a_template_that_never_ends_or_fills_the_memory_is_ended_and_the_next_one_renders(
     template, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr(chat, "SANDBOX", Sandbox(cpu_seconds=0.5))
+    monkeypatch.setattr(conversation, "SANDBOX", Sandbox(cpu_seconds=0.5))
     began = time.monotonic()
     with pytest.raises(
         UserError, match=r"file:1: the chat template refuses turns user, assistant \(.*; mend the row, or set"
@@ -217,7 +217,7 @@ def test_a_template_that_never_ends_or_fills_the_memory_is_ended_and_the_next_on
     good = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
     good += "{% if add_generation_prompt %}assistant: {% endif %}"
     assert chat.render(ROW, tokenizer, good).text == "user: What?</s>assistant: That.</s>"
-    chat.SANDBOX.close()
+    conversation.SANDBOX.close()
 
 
 ESCAPES = (
@@ -279,6 +279,18 @@ def test_a_long_line_is_never_held_whole(tmp_path):
     assert isinstance(bad, sources.BadRow) and str(bad) == "row of 200 MB; at most 10 MB are read"
 
 
+def test_the_elements_of_an_array_are_those_of_json_wherever_a_window_of_it_ends(tmp_path):
+    """A window has 4,096 characters, and then sixteen times as many."""
+    file = tmp_path / "rows.json"
+    for size in range(4080, 4100):
+        for element in (
+            "1" * size + ".5", "1" * size + "e-4000", '"' + "b" * size + '\\\\"', '{"a": "' + "é" * size + '", "b": 1.5e+10}',
+            "[" * 3 + "1," * (size // 2) + '"]"]' + "]" * 2, '{"text": "' + "\\n" * 16 * size + '"}',
+        ):  # fmt: skip
+            file.write_text(f"[{element},\n {element} ]", "utf-8")
+            assert list(sources.read_files((str(file),))) == [(f"{file}:{i}", json.loads(element)) for i in (1, 2)]
+
+
 @pytest.mark.slow
 def test_a_parquet_file_that_unpacks_to_far_more_is_refused(tmp_path):
     import pyarrow as pa
@@ -292,8 +304,8 @@ def test_a_parquet_file_that_unpacks_to_far_more_is_refused(tmp_path):
         list(sources.read_files((str(tmp_path / "one.parquet"),)))
     # One text in a dictionary, named by 100,000 rows.
     pq.write_table(pa.table({"text": pa.array([text[: 20 << 20]] * 40)}), tmp_path / "many.parquet", compression="zstd")
-    found = list(sources.read_files((str(tmp_path / "many.parquet"),)))
-    assert len(found) == 40 and all(isinstance(record, sources.BadRow) for _, record in found)
+    with pytest.raises(UserError, match=r"many.parquet: unpacks to more than 67,108,864 bytes, 100 times its own"):
+        list(sources.read_files((str(tmp_path / "many.parquet"),)))
 
 
 def test_hostile_rows_are_shown_with_their_escapes_spelt_out(tmp_path):

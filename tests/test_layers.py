@@ -21,7 +21,8 @@ LAYERS = {
     "jaxft.models": 2,
     "jaxft.parallel": 1, "jaxft.models.ops": 1, "jaxft.analysis": 1,
     "jaxft.command_line": 0,
-    "jaxft.config": 0, "jaxft.errors": 0, "jaxft.disk": 0, "jaxft.chips": 0, "jaxft.models.arch": 0, "jaxft.models.families": 0,
+    "jaxft.config": 0, "jaxft.errors": 0, "jaxft.disk": 0, "jaxft.bounds": 0, "jaxft.chips": 0,
+    "jaxft.models.arch": 0, "jaxft.models.families": 0,
 }  # fmt: skip
 NEVER = [("jaxft.data", "jaxft.models"), ("jaxft.tiny", "jaxft.models"), ("jaxft.learn", "jaxft.evals"),
          ("jaxft.evals", "jaxft.learn"), ("jaxft.data", "jaxft.weights"), ("jaxft.weights", "jaxft.data"),

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from checkpoints import llama, load, save, tokens
+from marked import exhaustive, slow
 
 from jaxft import config
 from jaxft.config import Lora, Optim
@@ -96,8 +97,9 @@ def on_one_device(folder):
     return losses(folder, make_mesh(devices=jax.devices()[:1]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name", [slow(name) if name in ("8 fsdp", "2 slices x 2 fsdp x 2 tensor") else exhaustive(name) for name in MESHES]
+)
 def test_losses_of_two_hundred_steps_are_those_of_one_device(name, folder, on_one_device):
     found = losses(folder, make_mesh(config.Mesh(**({"data": 1, "fsdp": 1} | MESHES[name]))))
     assert on_one_device[-20:].mean() < on_one_device[:20].mean() - 0.5  # something was learnt

@@ -10,11 +10,14 @@ import threading
 import time
 
 import pytest
-from launched import Run, logged, same_files, saved
-from test_train import lines, one_device, start  # noqa: F401
+from launched import Run, lines, logged, same_files, saved
+from marked import exhaustive, slow
+from test_train import one_device, start  # noqa: F401
 
+from jaxft import report
 from jaxft.data.loader import Loader
 from jaxft.errors import EXIT_AGAIN, EXIT_INTERRUPTED, Stopped
+from jaxft.evals import tasks
 from jaxft.learn import result
 from jaxft.learn.evaluator import Evaluator
 from jaxft.learn.loop import Loop
@@ -111,42 +114,40 @@ def finished(tmp_path_factory):
 
 
 MORE = ("--eval.samples", "1", "--eval.tasks", "final_answer", "--eval.limit", "2", "--eval.max_new_tokens", "4")
+# Where a signal comes, in the order of a run that goes on after each, and the step saved then; None where none is said.
 PHASES = {
     "reading rows": (Loader, "__init__", lambda *_: True, None),
     "reading weights": (model, "materialise", lambda *_: True, None),
-    "measuring the base": ("tasks", "measure", lambda *_: True, 0),
-    "the first evaluation": (Evaluator, "__call__", lambda *_: True, 0),
-    "a step": (Loop, "_train_once", lambda loop: loop.step == 7, 8),
-    "a step that is logged": (Loop, "_train_once", lambda loop: loop.step == 11, 12),
+    "measuring the base": (tasks, "measure", lambda *_: True, None),
+    "the first evaluation": (Evaluator, "__call__", lambda *_: True, None),
     "an evaluation": (Evaluator, "_done", lambda *_: EVALUATED.append(0) or len(EVALUATED) > 2, 5),
+    "a step that is logged": (Loop, "_train_once", lambda loop: loop.step == 7, 8),
     "generating": (Loop, "_epoch", lambda loop: loop.step == 10, 10),
-    "saving": (Checkpoints, "save", lambda _, step, *more: step == 10, 11),
+    "saving": (Checkpoints, "save", lambda _, step, *more: step == 15, 16),
+    "a step": (Loop, "_train_once", lambda loop: loop.step == 17, 18),
     "the last evaluation": (Loop, "_evaluate", lambda loop, _: loop.step == 20, 20),
     "exporting": (result, "export", lambda *_: True, 20),
-    "the report": ("report", "write", lambda *_: True, None),
+    "the report": (report, "write", lambda *_: True, None),
 }
 EVALUATED = []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM])
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_signal_in_any_phase_saves_and_the_same_command_ends_as_if_there_had_been_none(
-    finished, tmp_path, monkeypatch, phase, number
+@pytest.mark.usefixtures("in_the_foreground")
+@pytest.mark.parametrize(
+    ("number", "code"), [slow(signal.SIGTERM, EXIT_AGAIN), exhaustive(signal.SIGINT, EXIT_INTERRUPTED)]
+)
+def test_a_signal_in_each_phase_saves_and_the_same_command_ends_as_if_there_had_been_none(
+    finished, tmp_path, monkeypatch, number, code
 ):
-    from jaxft import report
-    from jaxft.evals import tasks
-
-    owner, name, when, step = PHASES[phase]
-    owner = {"tasks": tasks, "report": report}.get(owner, owner)
     EVALUATED.clear()
-    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
-        patch.setattr(owner, name, signalled(owner, name, number, when))
-        start(tmp_path, *MORE)
-    assert stopped.value.code == {signal.SIGTERM: EXIT_AGAIN, signal.SIGINT: EXIT_INTERRUPTED}[number]
-    saved = sorted(int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")) if step else []
-    assert f"step {step} is saved" in str(stopped.value) if step else not saved or phase == "the report"
-    assert not step or saved[-1] == step
+    for phase, (owner, name, when, step) in PHASES.items():
+        with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+            patch.setattr(owner, name, signalled(owner, name, number, when))
+            start(tmp_path, *MORE)
+        assert stopped.value.code == code, phase
+        durable = [int(p.name) for p in (tmp_path / "checkpoints").glob("[0-9]*")]
+        assert max(durable, default=None) == (step if phase != "the report" else 20), phase
+        assert step is None or f"step {step} is saved" in str(stopped.value), phase
     start(tmp_path, *MORE)
     for file in (WEIGHTS, "examples.jsonl", "tasks_final_answer.jsonl"):
         assert (tmp_path / file).read_bytes() == (finished / file).read_bytes()

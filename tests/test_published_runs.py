@@ -10,6 +10,7 @@ import openelm
 import peft
 import pytest
 from checkpoints import reload, save, tiny, tokens, torch_logits
+from marked import exhaustive, slow
 from transformers import AutoTokenizer
 
 import jaxft
@@ -122,8 +123,9 @@ def rows(data, file):
     return file
 
 
-@pytest.mark.slow  # each takes a quarter of a minute
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [slow(name) if name in ("gemma2_9b.py", "gemma_2b.py") else exhaustive(name) for name in RUNS]
+)
 def test_a_run_is_rehearsed_from_checkpoint_to_adapter(name, tmp_path, monkeypatch, capsys):
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import assert_same, load, logits, save, tiny, tokens, torch_logits, with_random_b
+from marked import exhaustive, slow
 
 import jaxft.tiny
 from jaxft import config, export, train
@@ -144,14 +145,19 @@ def with_decoded(made, loaded):
 
 SOME = [("llama", "int8, embedding too"), ("llama", "nf4"), ("openelm", "int4")]
 FAMILIES = ("llama", "gemma2", "qwen2", "gemma", "openelm")
-REST = [pair for pair in itertools.product(FAMILIES, SCHEMES) if pair not in SOME]
+MORE = [
+    ("gemma2", "nf4"),
+    ("qwen2", "int8"),
+    ("gemma", "int4"),
+    ("llama", "nf4, double"),
+    ("openelm", "int8, embedding too"),
+]
+REST = [pair for pair in itertools.product(FAMILIES, SCHEMES) if pair not in SOME + MORE]
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize(("family", "scheme"), [*SOME, *(slow(*pair) for pair in REST)])
+@pytest.mark.parametrize(
+    ("family", "scheme"), [*SOME, *(slow(*pair) for pair in MORE), *(exhaustive(*pair) for pair in REST)]
+)
 def test_logits_are_torchs_with_the_decoded_weights(family, scheme, tmp_path):
     folder, made = saved(family, tmp_path)
     loaded = load(folder, **SCHEMES[scheme])
@@ -171,7 +177,8 @@ def loss_and_gradient(loaded):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "dora"), [("nf4", False), slow("int8", True), slow("int8", False), slow("nf4", True), slow("int4", True)]
+    ("scheme", "dora"),
+    [("nf4", False), slow("int8", True), exhaustive("int8", False), exhaustive("nf4", True), exhaustive("int4", True)],
 )
 def test_an_adapter_trains_as_on_a_base_of_the_decoded_weights(scheme, dora, tmp_path):
     """Every gradient; with DoRA, lengths too are those of the decoded weights."""
@@ -186,7 +193,7 @@ def test_an_adapter_trains_as_on_a_base_of_the_decoded_weights(scheme, dora, tmp
         assert np.abs(gradient[path] - value).max() <= 1e-4 * np.abs(value).max(), path
 
 
-@pytest.mark.parametrize("scheme", [slow("int4"), slow("nf4, double"), "int8, embedding too"])
+@pytest.mark.parametrize("scheme", [slow("int4"), exhaustive("nf4, double"), "int8, embedding too"])
 def test_eight_devices_hold_the_codes_of_one_and_compute_the_same(scheme, tmp_path):
     folder, _ = saved("llama", tmp_path)
     lora = Lora(rank=4, dropout=0.0)

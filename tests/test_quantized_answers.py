@@ -52,17 +52,20 @@ def test_answers_and_scores_are_those_of_the_decoded_weights(scheme, tmp_path, c
 
 def test_the_generate_verb_says_what_the_base_is_held_as_and_how_fast_it_was(capsys):
     words = ["--model", "builtin:tiny", "--max-new-tokens", "6", "--compilation-cache", "None", "--prompt", ASKED[0]]
-    jaxft.generate.main([*words, "--quantize", "int4", "--quantize-group", "32"])
+    jaxft.generate.main([*words, "--quantize", "int4", "--quantize-group", "32", "--quantize-tables", "True"])
     shown = capsys.readouterr()
-    model, tokenizer = jaxft.load("builtin:tiny", quantize="int4", quantize_group=32)
+    model, tokenizer = jaxft.load("builtin:tiny", quantize="int4", quantize_group=32, quantize_tables=True)
+    assert model.embed[...].dtype == jnp.int8
     assert shown.out == jaxft.generate(model, tokenizer, ASKED[:1], max_new_tokens=6)[0] + "\n"
-    assert "held as int4 with a scale per 32 inputs: 6 tokens in" in shown.err and "tokens/s" in shown.err
+    held = "int4 with a scale per 32 inputs, embedding and head in int8"
+    assert f"held as {held}: 6 tokens in" in shown.err and "tokens/s" in shown.err
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"quantize": "int8", "quantize_double": True}, "quantize_double: is for nf4 alone, and quantize is int8"),
+        ({"quantize_tables": True}, "quantize_tables: needs quantize int8, int4 or nf4, which is none"),
         ({"quantize": "int3"}, "quantize: 'int3' is unknown; schemes are none, int8, nf4, int4"),
         ({"quantize": "int4", "quantize_group": 48}, "quantize_group: 48 is none of 32, 64, 128"),
     ],

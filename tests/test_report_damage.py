@@ -148,7 +148,7 @@ def test_any_part_may_be_of_a_wrong_kind(sound, tmp_path):
     check_damage(sound, tmp_path, range(6))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_any_part_may_be_of_a_wrong_kind_in_many_ways(sound, tmp_path):
     check_damage(sound, tmp_path, range(100, 500))
 

@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from buckets import serving
 from launched import HERE, Run, lines, logged, same_files, saved
+from marked import exhaustive, slow
 
 import jaxft
+from jaxft.learn.marker import can_mark
 
 # The train verb, with every byte counted that is read of the weights.
 COUNTING = """
@@ -33,14 +36,6 @@ def main(argv):
 
 run_verb(main)
 """
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-def exhaustive(*values):
-    return pytest.param(*values, marks=pytest.mark.exhaustive)
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +215,19 @@ run_verb(train.main)
 """
 
 
+@pytest.fixture
+def marked(monkeypatch):
+    """A stand-in of the storage's API, for the marker alone."""
+    with serving() as bucket:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket.address)
+        yield bucket
+    writes = [query for method, _, query in bucket.requests if method == "POST"]
+    assert bool(writes) == can_mark() and bucket.objects == {}
+
+
 @pytest.mark.slow
-def test_a_run_in_object_storage_is_the_one_on_disk_also_when_it_was_killed(alone, tmp_path, monkeypatch):
+def test_a_run_in_object_storage_is_the_one_on_disk_also_when_it_was_killed(alone, tmp_path, monkeypatch, marked):
+    """With a marker of its writer where google-cloud-storage is installed."""
     monkeypatch.setenv("BUCKET", str(tmp_path / "bucket"))
     folder, more = tmp_path / "bucket" / "run", ("--run.dir", "gs://bucket/run")
     with Run(tmp_path / "local", 2, 1, *more, program=("-c", BUCKET)) as run:

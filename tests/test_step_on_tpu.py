@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marked import exhaustive, slow
 
 from jaxft import config, plan
 from jaxft.errors import OutOfResources
@@ -54,7 +55,7 @@ def traced(name, policy, where="v5e-8", rows=8, *overrides):
     return source.arch, recompute.traceable(settings, source, mesh, 1000, (rows, 1024), policy)
 
 
-@pytest.mark.parametrize(("policy", "limit"), [("dots", 1.02), ("qkv", 1.40), ("full", 1.50)])
+@pytest.mark.parametrize(("policy", "limit"), [("dots", 1.02), ("qkv", 1.40), ("full", 1.50), ("nested", 2.00)])
 @pytest.mark.parametrize("name", ["gemma2_9b.py", "qwen2_1_5b.py"])
 def test_matmuls_are_those_of_a_frozen_base_and_what_the_policy_repeats(name, policy, limit):
     arch, found = traced(name, policy)
@@ -170,7 +171,7 @@ def test_the_plan_lowers_the_step_that_train_compiles(settings, compiled):
 
 @pytest.mark.parametrize(
     ("rows", "gib"),
-    [pytest.param(8, 8.0, marks=pytest.mark.slow), pytest.param(16, 13.4, marks=pytest.mark.exhaustive)],
+    [exhaustive(8, 8.0), exhaustive(16, 13.4)],
 )
 def test_gemma_2_9b_takes_no_more_of_a_v5e_chip_than_this(rows, gib):
     """Other slices take minutes to compile for: `python -m tests.benchmarks.step`."""
@@ -180,17 +181,14 @@ def test_gemma_2_9b_takes_no_more_of_a_v5e_chip_than_this(rows, gib):
 
 
 @pytest.mark.parametrize(
-    ("base", "gib"),
-    [
-        pytest.param("nf4", 7.2, marks=pytest.mark.slow),
-        pytest.param("int4", 7.2, marks=pytest.mark.exhaustive),
-        pytest.param("int8", 10.5, marks=pytest.mark.exhaustive),
-    ],
+    ("base", "policy", "gib"),
+    [slow("nf4", "full", 7.2), exhaustive("int4", "full", 7.2), exhaustive("int8", "nested", 10.2)],
 )
-def test_gemma_2_9b_trains_on_one_v5e_chip_with_a_quantised_base(base, gib):
+def test_gemma_2_9b_trains_on_one_v5e_chip_with_a_quantised_base(base, policy, gib):
     """In bfloat16 its weights alone are more than the chip has."""
-    arch, found = traced("gemma2_9b.py", "full", "v5e-1", 1, "--model.quantize", base)
+    arch, found = traced("gemma2_9b.py", policy, "v5e-1", 1, "--model.quantize", base)
     tokens = math.prod(found.inputs[2]["tokens"].shape)
-    assert sum(flops.of_step(found).values()) <= 1.5 * flops.ideal(arch, tokens)
+    most = 1.5 if policy == "full" else 2.0
+    assert sum(flops.of_step(found).values()) <= most * flops.ideal(arch, tokens)
     executable = found.step.lower(*found.inputs).compile()
     assert recompute.device_memory(executable) / 2**30 <= gib

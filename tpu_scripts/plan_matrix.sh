@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Plans the five published runs on six slices, how the largest grows from 4 to 256 chips, and what fits one v5e chip with a quantised
-# base, on this machine and without a TPU:
+# Plans the five published runs on six slices, how the largest grows from 4 to 256 chips, what fits one v5e chip with a quantised
+# base, and what training every weight takes, on this machine and without a TPU:
 #
-#   tpu_scripts/plan_matrix.sh [runs|growth|quantized] [FOLDER]
+#   tpu_scripts/plan_matrix.sh [runs|growth|quantized|full] [FOLDER]
 #
 # Prints tables in Markdown. What is planned already with the same settings and versions is read from FOLDER (default: runs/plans),
 # so that the same command goes on where it was stopped. Needs `pip install 'jaxft[plan]'`. A program takes one to two minutes
-# on two cores: runs compiles 30 to 60, growth and quantized about 20. In the environment PYTHON names the interpreter; PLACES and CONFIGS
-# choose others.
+# on two cores: runs compiles 30 to 60, growth and quantized about 20, full 12 to 20. In the environment PYTHON names the
+# interpreter; PLACES and CONFIGS choose others.
 set -euo pipefail
 
 what=${1-runs} folder=${2-runs/plans} python=${PYTHON-python}
@@ -74,8 +74,19 @@ case $what in
     plan gemma2_9b-int8-tables gemma2_9b v5e-1 1 --model.quantize int8 --model.quantize_tables True --model.remat full
     "$python" -m jaxft.plans.pages quantized "${files[@]}"
     ;;
+  full)
+    # Every weight trained, in float32 and in bfloat16 with stochastic rounding, eight rows of 1,024 tokens.
+    for config in llama32_3b gemma2_9b; do
+      for dtype in float32 bfloat16; do
+        for where in v5e-8 v6e-8 v5p-8; do
+          plan "$config-full-$dtype-$where" "$config" "$where" 8 --lora none --model.param_dtype "$dtype"
+        done
+      done
+    done
+    "$python" -m jaxft.plans.pages full "${files[@]}"
+    ;;
   *)
-    printf 'error: %s: expected runs, growth or quantized\n' "$what" >&2
+    printf 'error: %s: expected runs, growth, quantized or full\n' "$what" >&2
     exit 2
     ;;
 esac

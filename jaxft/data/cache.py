@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxft.data import chat
+from jaxft.data import chat, conversation
 from jaxft.data.chat import Example
 from jaxft.data.marks import KINDS, Marks
 from jaxft.data.rows import Row
@@ -49,7 +49,7 @@ def encoded(
         return make()
     settings = (
         FORM,
-        chat.DATE,
+        conversation.DATE,
         template,
         train_on,
         marked,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,21 +11,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxft.bounds import bounded
+from jaxft.data import conversation
+from jaxft.data.conversation import is_jinja
 from jaxft.data.marks import Marks, marks
 from jaxft.data.rows import Row, Turn
-from jaxft.data.sandbox import Sandbox, TemplateFault
 from jaxft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Llama 3.2's template inserts today's date where it is given none; the text of a row must not depend on the day.
-DAY = datetime.date(2024, 7, 26)
-DATE = DAY.strftime("%d %b %Y")
-CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 PROBE = "\ue000an answer\ue001"
 CHUNK = 1024
-SANDBOX = Sandbox()
+VOCABULARY_BYTES, SETTINGS_BYTES = 64 << 20, 10 << 20  # of a tokenizer; Gemma 3's has 33 MB
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if not any((Path(folder) / name).is_file() for name in names):
         raise UserError(f"tokenizer {folder}: no {' or '.join(names)} in it; name another one as model.tokenizer")
+    _check_sizes(Path(folder))
     try:
         options = {"use_fast": True, "local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
@@ -76,11 +73,21 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"tokenizer {folder}: cannot be loaded ({type(error).__name__}: {what:.300})") from error
 
 
+def _check_sizes(folder: Path) -> None:
+    """Raises UserError for files that would fill the memory; a model's weights and their index are not the tokenizer's."""
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix == ".json" and ".safetensors" not in file.name:
+            large = file.name in ("tokenizer.json", "vocab.json")
+            bounded(file, VOCABULARY_BYTES if large else SETTINGS_BYTES, 5_000_000 if large else 500_000)
+        elif file.suffix in (".jinja", ".model", ".txt") and file.stat().st_size > VOCABULARY_BYTES:
+            raise UserError(f"{file}: {file.stat().st_size:,} bytes; expected at most {VOCABULARY_BYTES:,}")
+
+
 def choose_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """For the value of data.template: plain, chat, or the text of a Jinja template. Raises UserError."""
     if template.endswith(".jinja"):
         template = _read_template(Path(template))
-    if _is_jinja(template):
+    if is_jinja(template):
         return template
     if template not in ("auto", "plain", "chat"):
         raise UserError(
@@ -95,10 +102,6 @@ def choose_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return chosen
 
 
-def _is_jinja(template: str) -> bool:
-    return "{{" in template or "{%" in template
-
-
 def _read_template(file: Path) -> str:
     try:
         text = file.read_text("utf-8")
@@ -106,14 +109,14 @@ def _read_template(file: Path) -> str:
         raise UserError(
             f"data.template: {file}: cannot be read ({type(error).__name__}); give a file of UTF-8"
         ) from error
-    if not _is_jinja(text):
+    if not is_jinja(text):
         raise UserError(f"data.template: {file}: no Jinja template; it has no {{{{ … }}}} and no {{% … %}}")
     return text
 
 
 def template_name(template: str) -> str:
     """How a chosen template is called in a line."""
-    return "the config's Jinja template" if _is_jinja(template) else template
+    return "the config's Jinja template" if is_jinja(template) else template
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -208,31 +211,11 @@ def _after_answers(tokenizer: PreTrainedTokenizerBase, template: str) -> str | N
     return text.partition(PROBE)[2] if PROBE in text else None
 
 
-def _source(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """The Jinja text, with the clock that some templates read stopped at DAY. Raises UserError where there is none."""
-    text = template if _is_jinja(template) else tokenizer.chat_template
-    if isinstance(text, dict):  # of several by name, what transformers chooses
-        text = text.get("default")
-    if not isinstance(text, str):
-        raise UserError("data.template: chat, but the tokenizer has no one chat template; set data.template plain")
-    return CLOCK.sub(lambda asked: repr(DAY.strftime(asked[2])), text)
-
-
 def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, template: str, origin: str, generate: bool) -> str:
-    """What the sandbox makes of the turns, as transformers would: the tokenizer's own template for chat, else the one given."""
+    """What a template makes of the turns: the tokenizer's own for chat, else the one given."""
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    named = {"date_string": DATE, "add_generation_prompt": generate, "tools": None, "documents": None}
-    try:
-        if not messages:
-            raise TemplateFault("nobody says anything")
-        return SANDBOX.render(
-            _source(tokenizer, template), {**tokenizer.special_tokens_map, **named, "messages": messages}
-        )
-    except TemplateFault as error:
-        roles = ", ".join(turn.role for turn in turns)
-        raise UserError(
-            f"{origin}: the chat template refuses turns {roles} ({error}); mend the row, or set data.template plain"
-        ) from error
+    remedy = "mend the row, or set data.template plain"
+    return conversation.render(messages, tokenizer, template, origin=origin, generate=generate, remedy=remedy)
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from jaxft.errors import UserError
 MAX_ROW_BYTES = 10 * 2**20
 MAX_ARRAY_BYTES = 2**30  # of a file that is read whole: JSON arrays and CSV
 MAX_EXPANSION, SMALL_BYTES = 100, 2**26  # Parquet's compression, in files whose content is larger than small
-PARQUET_ROWS = 16  # read at a time: a dictionary of one long text makes many long rows
+BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]', re.DOTALL)
+PARQUET_ROWS = 8  # read at a time: a dictionary of one long text makes many long rows
 
 Records = Iterator[tuple[str, Any]]
 """Pairs of an origin (`file:line`, lines from 1) and the parsed record, or the BadRow found in its place."""
@@ -88,10 +89,10 @@ def _json_array(path: Path) -> Iterator[tuple[int, Any]]:
     while text[at : at + 1] != "]":
         line, counted = line + text.count("\n", counted, at), at
         try:
-            record, end = decoder.raw_decode(text, at)
+            record, end = _element(decoder, text, at)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{line}: not JSON ({error}); expected an array of objects") from error
-        yield line, record if end - at <= MAX_ROW_BYTES else BadRow(_too_long(end - at))
+        yield line, record
         at = _skip_space(text, end)
         if text[at : at + 1] not in (",", "]"):
             line += text.count("\n", counted, at)
@@ -99,6 +100,33 @@ def _json_array(path: Path) -> Iterator[tuple[int, Any]]:
         at = _skip_space(text, at + 1) if text[at] == "," else at
     if text[at + 1 :].strip():
         raise UserError(f"{path}:{line}: not JSON (something follows the array); expected one array of objects")
+
+
+def _element(decoder: json.JSONDecoder, text: str, at: int) -> tuple[Any, int]:
+    """The element that begins at `at`, and its end; one that is too long is a BadRow, and never parsed."""
+    size = 1 << 12
+    while True:
+        try:
+            record, end = decoder.raw_decode(text[at : at + size])
+            if end + len("e+0") < size or at + end == len(text):  # else a number may go on
+                return record, at + end
+        except ValueError:
+            if at + size >= len(text) and size <= MAX_ROW_BYTES:
+                raise
+        if size > MAX_ROW_BYTES:
+            end = _end(text, at)
+            return BadRow(_too_long(end - at)), end
+        size = min(16 * size, MAX_ROW_BYTES + 1)
+
+
+def _end(text: str, at: int) -> int:
+    """Where an element ends, found without parsing it. Raises ValueError."""
+    depth = 0
+    for found in BRACKET.finditer(text, at):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0][0], 0)
+        if depth <= 0:
+            return found.end()
+    raise ValueError("it does not end")
 
 
 def _skip_space(text: str, at: int) -> int:
@@ -128,7 +156,7 @@ def _too_long(size: int) -> str:
 
 def _csv(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(MAX_ROW_BYTES)  # The default of 128 kB is shorter than some answers.
-    reader = csv.DictReader(io.StringIO(_text_of(path), newline=""), strict=True)
+    reader = csv.DictReader(_text_lines(path), strict=True)
     line = 2  # A quoted field may hold line breaks: a row begins on the line after the last one's end.
     try:
         for record in reader:
@@ -141,6 +169,32 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{path}:{line}: not CSV ({error}); is a quote left open?") from error
 
 
+def _text_lines(path: Path) -> Iterator[str]:
+    """Lines with their ends, however those are written; none is longer than a row may be."""
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        while True:
+            try:
+                line = stream.readline(MAX_ROW_BYTES + 1)
+            except UnicodeDecodeError:
+                _say_not_utf8(path)
+                raise
+            if len(line) > MAX_ROW_BYTES:
+                raise csv.Error(f"field larger than field limit ({MAX_ROW_BYTES})")
+            if not line:
+                return
+            yield line
+
+
+def _say_not_utf8(path: Path) -> None:
+    """Raises UserError with the line."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_ROW_BYTES), b""), 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}:{number}: {_not_utf8(error)}") from error
+
+
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow
     import pyarrow.parquet
@@ -149,7 +203,11 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_expansion(path, file.metadata)
+            content, most = 0, max(SMALL_BYTES, MAX_EXPANSION * path.stat().st_size)
             for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+                content += batch.nbytes
+                if content > most:  # a dictionary's text counts once in what a file says of itself
+                    raise UserError(f"{path}: unpacks to more than {most:,} bytes, {MAX_EXPANSION} times its own")
                 rows = batch.to_pylist() if batch.nbytes <= MAX_ROW_BYTES * PARQUET_ROWS else [None] * batch.num_rows
                 for record in rows:
                     number += 1

@@ -19,6 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
+from jaxft.data import conversation
 from jaxft.errors import UserError
 from jaxft.evals.decode import Generator, Sampling, eos_ids
 from jaxft.evals.score import Request, Scorer
@@ -95,14 +96,12 @@ class JaxftLM(TemplateLM):
         return self.tokenizer.get_chat_template(chat_template if isinstance(chat_template, str) else None)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The turns as one text."""
+        """The turns as one text, rendered in the sandbox of training's templates and, as there, on one fixed day."""
         if self.tokenizer.chat_template is None:
             name = self.subject.origin["model"]
             raise UserError(f"{name}: the tokenizer has no chat template; leave apply_chat_template out")
-        options = {
-            "add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt,
-        }  # fmt: skip
-        return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
+        goes_on, remedy = not add_generation_prompt, "leave apply_chat_template out"
+        return conversation.prompt(chat_history, self.tokenizer, goes_on=goes_on, remedy=remedy)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; None adds what the tokenizer adds by itself, and no second BOS to a text that begins with one."""

@@ -14,7 +14,7 @@ import jax
 from jaxft.analysis.gsm8k.answers import FLEXIBLE, STRICT, exact_match
 from jaxft.analysis.gsm8k.mistakes import mistake
 from jaxft.analysis.statistics import standard_error
-from jaxft.data import chat
+from jaxft.data import chat, conversation
 from jaxft.data.rows import Row, Turn
 from jaxft.errors import UserError
 from jaxft.evals import protocols
@@ -188,8 +188,7 @@ class _Asker:
         if self.tokenizer.chat_template is None:
             raise UserError("--chat: the tokenizer has no chat template; leave --chat out")
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        options = {"add_generation_prompt": True, "continue_final_message": False}
-        return self._text(self.tokenizer.apply_chat_template(messages, tokenize=False, **options), turns)
+        return self._text(conversation.prompt(messages, self.tokenizer, remedy="leave --chat out"), turns)
 
     def read(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt that the model reads; of what is too long the harness keeps the end."""

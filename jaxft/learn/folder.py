@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,22 +12,25 @@ from typing import Any
 
 from jaxft import config, disk
 from jaxft.errors import UserError, disk_full, redacted
-from jaxft.learn.mirror import Mirror, is_remote, remote_path
-from jaxft.parallel.processes import ALONE, Processes
+from jaxft.learn import marker
+from jaxft.learn.mirror import Mirror, is_marked, is_remote, remote_path
+from jaxft.learn.progress import tell
+from jaxft.parallel.processes import ALONE, Processes, leave_with
 
 # What may differ between two starts of one run: it changes neither the numbers trained on nor the order.
 FREE = (
     "eval.every_steps", "eval.patience", "eval.min_delta", "optim.stop_after_nonfinite",
     "data.cache", "run.dir", "run.log_every", "run.keep", "run.usd_per_chip_hour", "run.profile",
     "run.compilation_cache", "eval.tasks", "eval.limit", "eval.samples",
-    "eval.probe_rows", "run.wandb",
+    "eval.probe_rows", "run.wandb", "model.verify",
 )  # fmt: skip
 FREE_SECTIONS = ("mesh",)
 # What a run that has not ended may go on with otherwise, and says so: the steps to come are not what they would have been.
 WARNED = (
     "optim.learning_rate", "optim.schedule", "optim.warmup", "optim.weight_decay", "optim.beta1", "optim.beta2",
-    "optim.epsilon", "optim.clip", "optim.epochs", "optim.max_steps",
+    "optim.epsilon", "optim.loraplus_lr_ratio", "optim.clip", "optim.epochs", "optim.max_steps",
 )  # fmt: skip
+PARTS = ("tensorboard", "checkpoints", "examples")
 SHARED_SECONDS = 60.0  # until a network file system shows one host what another has written
 
 
@@ -40,8 +44,7 @@ class RunFolder:
         self.place = remote_path(name) if is_remote(name) else Path(name)
         self.path = self.place  # where this process writes
         if is_remote(name) and processes.first:
-            self._mirror = Mirror(self.place)
-            self.path = self._mirror.local
+            self._copy()
         self.settings = json.loads(redacted(json.dumps(config.to_dict(settings))))  # no secret is ever written
         self.results = processes.from_first(self._results_before)
 
@@ -71,19 +74,45 @@ class RunFolder:
         Process 0 does it for all of a run. What writers that were killed have left under temporary names goes.
         """
         with contextlib.ExitStack() as stack:
-            if is_remote(str(self.place)):
-                print(f"{self.place}: object storage has no locks; see that no other run writes here", flush=True)
-            else:
-                if self.processes.first:
-                    warning = stack.enter_context(disk.only_writer(self.place, f"run.dir: {self.place}"))
-                    if warning:
-                        print(warning, flush=True)
-                    disk.sweep(self.place)
-                self.results = self.processes.from_first(self._results_before)  # another run may have ended meanwhile
+            if self.processes.first:
+                self._hold(stack)
+            self.results = self.processes.from_first(self._results_before)  # another run may have ended meanwhile
             if self._changes and self.processes.first:
                 said = "; ".join(self._changes)
                 print(f"changed since this run began, and from here on only: {said}", flush=True)
             yield
+
+    def _hold(self, stack: contextlib.ExitStack) -> None:
+        what = f"run.dir: {self.place}"
+        if self._mirror is not None and is_marked(str(self.place)) and marker.can_mark():
+            stack.enter_context(marker.only_writer(str(self.place), what, self._lost, tell))
+            self._copy()  # as it is now
+        elif self._mirror is not None:
+            needs = " (gs:// needs `pip install 'jaxft[gcs]'`)" if is_marked(str(self.place)) else ""
+            tell(f"{what}: nothing keeps other runs out of this storage{needs}; see that none writes here")
+        else:
+            warning = stack.enter_context(disk.only_writer(self.place, what))
+            if warning:
+                tell(warning)
+            disk.sweep(self.place)
+            self._check_parts()
+
+    def _copy(self) -> None:
+        if self._mirror is not None:
+            self._mirror.close()
+        self._mirror = Mirror(self.place)
+        self.path = self._mirror.local
+
+    def _lost(self, code: int, why: str) -> None:
+        """Ends this process and the others of its run, from any thread."""
+        self.processes.end(code, why)
+        leave_with(code, self.processes.named(why))
+
+    def _check_parts(self) -> None:
+        """Raises UserError where something that an earlier start has made cannot be written to, before hours have passed."""
+        for part in (self.place / name for name in PARTS):
+            if part.exists() and not (part.is_dir() and os.access(part, os.W_OK | os.X_OK)):
+                raise unwritable(part, "no folder, or none that may be written to")
 
     def start(self, facts: dict[str, Any]) -> None:
         """Creates the folder and writes config.json and the first results.json; UserError where another data set was used."""
@@ -102,7 +131,7 @@ class RunFolder:
         except OSError as error:
             if disk_full(error):
                 raise
-            raise UserError(f"run.dir: {self.place} cannot be written: {error.strerror or error}") from error
+            raise unwritable(self.place, error) from error
         written = self.processes.from_first(lambda: self.results)
         if not self.processes.first:
             self._wait_for(written)
@@ -129,6 +158,12 @@ class RunFolder:
         """Brings what was written to where it belongs, where that is not this machine."""
         if self._mirror is not None:
             self._mirror.send()
+
+
+def unwritable(place: Any, error: OSError | str) -> UserError:
+    """To raise for a part of a run folder."""
+    why = error if isinstance(error, str) else error.strerror or error
+    return UserError(f"run.dir: {place} cannot be written: {why}; mend that, or give another run.dir")
 
 
 def _same_run(path: Any, before: dict[str, Any], now: dict[str, Any], ended: bool) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ class Goodput:
         """`began` is the `time.monotonic()` at which the first phase did."""
         self._file: Path | None = None
         self._kept: list[str] = []  # until there is a file
-        self._phase, self._began, self._step, self._waited = phase, began, None, 0.0
+        self._phase, self._began, self._waited, self._over = phase, began, 0.0, False
 
     def begin(self, phase: str, step: int | None = None) -> None:
         """Ends the phase before, which led to `step`."""
@@ -53,16 +55,29 @@ class Goodput:
         if self._file.exists():
             kept = self._file.read_text().splitlines()
             disk.write_text(self._file, "".join(_judged(line, -1 if resumed is None else resumed) for line in kept))
-        with self._file.open("a") as stream:
-            stream.writelines(self._kept)
+        self._append("".join(self._kept))
         self._kept = []
 
     def close(self, step: int | None = None) -> None:
-        """Writes the last phase."""
+        """Writes the last phase; what comes later has no line."""
         self.begin("over", step)
+        self._file, self._over = None, True
+
+    @contextlib.contextmanager
+    def ended(self, folder: Path, writes: bool = True) -> Iterator[None]:
+        """Closed at the end of a `with`, whatever ends it: a signal, a mistake. A start that came to nothing in the folder of
+        an earlier one leaves its lines there too."""
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a full disk has been told, and a signal's exit code must stay
+                if not self._over and self._file is None and writes and (folder / NAME).exists():
+                    self._file = folder / NAME
+                    self._append("\n" + "".join(self._kept))  # a kill may have cut the line before
+                self.close()
 
     def _line(self, phase: str, seconds: float, step: int | None) -> None:
-        if seconds < LEAST_SECONDS:
+        if seconds < LEAST_SECONDS or self._over:
             return
         start = datetime.fromtimestamp(time.time() - (time.monotonic() - self._began), UTC)
         record: dict[str, Any] = {"phase": phase, "seconds": round(seconds, 4), "start": start.isoformat()}
@@ -70,8 +85,11 @@ class Goodput:
         if self._file is None:
             self._kept.append(line)
             return
+        self._append(line)
+
+    def _append(self, lines: str) -> None:
         with self._file.open("a") as stream:
-            stream.write(line)
+            stream.write(lines)
 
 
 def _judged(line: str, resumed: int) -> str:

@@ -255,6 +255,7 @@ class Loop:
     def _save(self) -> None:
         self._doing("saving")
         check_state(self.state, self.parts.checkpoints.latest)
+        self.parts.metrics.sync()
         self.parts.sent()
         self.stand.wall_seconds = self.wall_seconds()
         self.parts.checkpoints.save(self.step, self.state, dataclasses.asdict(self.stand), self.stand.best_step)

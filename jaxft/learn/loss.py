@@ -144,7 +144,7 @@ def _forward(head: _Head, table: _Table, h: jax.Array, targets: jax.Array, weigh
 
 def _backward(head: _Head, gradients: tuple[jax.Array, jax.Array | None], given: Tally) -> tuple[Any, ...]:
     of_h, of_head = gradients
-    of_table = None if of_head is None else _Table(of_head * given.nll, None)
+    of_table = None if of_head is None else _Table(of_head * given.nll.astype(of_head.dtype), None)
     return of_table, of_h * given.nll.astype(of_h.dtype), None, None
 
 

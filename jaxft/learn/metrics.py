@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from jaxft import chips
+from jaxft import chips, disk
 from jaxft.config import Config, fingerprint
-from jaxft.errors import UserError, disk_full
-from jaxft.learn.folder import RunFolder
+from jaxft.errors import disk_full
+from jaxft.learn.folder import RunFolder, unwritable
+from jaxft.learn.progress import tell
+from jaxft.learn.stand import Stand
 from jaxft.learn.writers import Board, Tracker, Writer, flat
 
 # Of TensorBoard's table of runs.
@@ -24,23 +27,24 @@ FINAL_LOSS, FINAL_TASK = "final/best_eval_loss", "final/{}_exact_match"
 class Metrics:
     """Writes each record to `metrics.jsonl` and tells it to the writers, such as TensorBoard's.
 
-    Opened at step `resumed`, it first drops what a run that was stopped had logged beyond that step, so that a resumed
-    run's log equals an uninterrupted one's. Of several processes one `writes`, and has writers.
+    Opened with the `stand` of a run that goes on at step `resumed`, it first drops what had been logged beyond that step,
+    and evaluations that the stand does not know and that come again, so that a resumed run's log equals an uninterrupted
+    one's. Of several processes one `writes`, and has writers.
     """
 
-    def __init__(self, folder: Path, resumed: int | None = None, writes: bool = True):
+    def __init__(self, folder: Path, resumed: int | None = None, stand: Stand | None = None, writes: bool = True):
         self.writers: list[Writer] = []
         self._file = folder / "metrics.jsonl" if writes else None
         if self._file is None:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            kept = [] if resumed is None else [r for r in read(folder) if r["step"] <= resumed]
-            self._file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            kept = [] if resumed is None else [r for r in read(folder) if r["step"] <= resumed and not _again(r, stand)]
+            disk.write_text(self._file, "".join(json.dumps(record) + "\n" for record in kept))
         except OSError as error:
             if disk_full(error):
                 raise
-            raise UserError(f"run.dir: {folder} cannot be written: {error.strerror or error}") from error
+            raise unwritable(folder, error) from error
 
     def __enter__(self) -> Metrics:
         return self
@@ -55,23 +59,35 @@ class Metrics:
         with self._file.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
         numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
-        for writer in self.writers:
-            writer.write(numbers)
+        self._tell(lambda writer: writer.write(numbers))
+
+    def sync(self) -> None:
+        """Has what was written outlast a loss of power, as a checkpoint that counts on it does."""
+        if self._file is not None:
+            with self._file.open("rb") as stream:
+                os.fsync(stream.fileno())
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text, as it is."""
-        for writer in self.writers:
-            writer.text(name, text, step)
+        self._tell(lambda writer: writer.text(name, text, step))
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
         """How `values` are spread."""
-        for writer in self.writers:
-            writer.histogram(name, values, step)
+        self._tell(lambda writer: writer.histogram(name, values, step))
 
     def scores(self, scores: Mapping[str, float], step: int) -> None:
         """Figures of the whole run, at its end."""
-        for writer in self.writers:
-            writer.scores(scores, step)
+        self._tell(lambda writer: writer.scores(scores, step))
+
+    def _tell(self, told: Callable[[Writer], None]) -> None:
+        """One that cannot write any more is left out from there on, and the run goes on."""
+        for writer in list(self.writers):
+            try:
+                told(writer)
+            except OSError as error:
+                self.writers.remove(writer)
+                writer.close(failed=True)
+                tell(f"{writer.name}: {error.strerror or error}; the run goes on without it, metrics.jsonl has all")
 
     def close(self, failed: bool = False) -> None:
         """Has the writers write what is left; again it does nothing."""
@@ -79,14 +95,28 @@ class Metrics:
             self.writers.pop().close(failed)
 
 
-def opened(folder: RunFolder, settings: Config, resumed: int | None) -> Metrics:
+def _again(record: Mapping[str, Any], stand: Stand | None) -> bool:
+    """Whether it is an evaluation of a step that was saved before it was evaluated."""
+    return (
+        stand is not None
+        and "eval_loss" in record
+        and record["step"] > (-1 if stand.evaluated is None else stand.evaluated)
+    )
+
+
+def opened(folder: RunFolder, settings: Config, resumed: int | None, stand: Stand | None = None) -> Metrics:
     """A run's log with its writers: TensorBoard, and Weights & Biases where run.wandb asks for it. Raises UserError."""
-    metrics = Metrics(folder.path, resumed, writes=folder.processes.first)
+    metrics = Metrics(folder.path, resumed, stand, writes=folder.processes.first)
     if not folder.processes.first:
         return metrics
     said, project = flat(folder.settings), settings.run.wandb
     scores = [FINAL_LOSS, *map(FINAL_TASK.format, settings.eval.tasks)]
-    metrics.writers.append(Board(folder.path / "tensorboard", resumed, said, scores))
+    try:
+        metrics.writers.append(Board(folder.path / "tensorboard", resumed, said, scores))
+    except OSError as error:
+        if disk_full(error):
+            raise
+        raise unwritable(folder.path / "tensorboard", error) from error
     if project is not None:
         identity = fingerprint(
             folder.settings, folder.results["started"]

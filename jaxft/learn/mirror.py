@@ -27,6 +27,11 @@ def is_remote(name: str) -> bool:
     return "://" in name
 
 
+def is_marked(name: str) -> bool:
+    """Whether its storage knows generations, with which a marker keeps other writers out."""
+    return name.startswith("gs://")
+
+
 def remote_path(name: str) -> Any:
     """An etils path. Raises UserError for storage that is not known here, or without its library."""
     from etils import epath
@@ -58,6 +63,10 @@ class Mirror:
                 target.parent.mkdir(exist_ok=True)
                 target.write_bytes(file.read_bytes())
         self._sent = {file: _state(file) for file in self.local.rglob("*") if file.is_file()}
+
+    def close(self) -> None:
+        """Removes the copy."""
+        self._temporary.cleanup()
 
     def send(self) -> None:
         """Copies every file that has changed since the last time."""

@@ -1,10 +1,13 @@
-"""AdamW, its schedule and clipping, from optax."""
+"""AdamW, its schedule and clipping, from optax, and LoRA+."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from jaxft.config import Optim
@@ -31,10 +34,32 @@ def warmup_steps(warmup: float, steps: int) -> int:
 
 
 def optimizer(optim: Optim, steps: int, rows: Iterable[Tensor]) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled decay of matrices (not of norms and biases), scheduled rate."""
-    decayed = {row.path: len(row.hub_shape) > 1 for row in rows if row.trainable}
+    """Clip by global norm, Adam, decoupled decay of matrices (not of norms and biases), scheduled rate.
+
+    Moments are float32 whatever the parameters are, and updates too. With LoRA+ (arXiv:2402.12354) rate and decay of what
+    `_learns_faster` are those times `loraplus_lr_ratio`.
+    """
+    rows = [row for row in rows if row.trainable]
+    decayed = {row.path: len(row.hub_shape) > 1 for row in rows}
+    ratios = {row.path: optim.loraplus_lr_ratio for row in rows if _learns_faster(row)}
     parts = [] if optim.clip is None else [optax.clip_by_global_norm(optim.clip)]
     parts.append(optax.scale_by_adam(optim.beta1, optim.beta2, optim.epsilon))
     if optim.weight_decay:
         parts.append(optax.add_decayed_weights(optim.weight_decay, mask=decayed))
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule(optim, steps)))
+    chain = optax.chain(*parts, optax.scale_by_learning_rate(schedule(optim, steps)))
+
+    def init(parameters: Any) -> Any:
+        return chain.init(jax.tree.map(lambda value: value.astype(jnp.float32), parameters))
+
+    def update(gradients: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
+        updates, state = chain.update(gradients, state, parameters)
+        if optim.loraplus_lr_ratio != 1:
+            updates = {path: update * ratios.get(path, 1.0) for path, update in updates.items()}
+        return updates, state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _learns_faster(row: Tensor) -> bool:
+    """B of a pair, and every vector: biases, norms and DoRA's magnitudes (as PEFT's and the authors' optimizer)."""
+    return row.names[0].endswith("lora_B.weight") or len(row.hub_shape) == 1

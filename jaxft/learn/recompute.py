@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 from jaxft import config
 from jaxft.errors import OutOfResources
 from jaxft.learn import optim, step
-from jaxft.models.arch import Arch, LayerSpec
+from jaxft.models.arch import Arch, LayerSpec, inputs_held
 from jaxft.parallel.compilation import kept_only_for, return_memory
 from jaxft.parallel.sharding import batch_ways
 from jaxft.weights.model import Loaded, Source, outline
 
 # From the least arithmetic to the least memory.
-POLICIES = ("dots", "qkv", "full")
+POLICIES = ("dots", "qkv", "full", "nested")
 HOPELESS = 1.1  # times a device's memory; what must be held at least is an estimate
 
 
@@ -144,10 +144,13 @@ def least_bytes(found: Traceable, source: Source, mesh: Mesh, accumulation_steps
 
 
 def kept_per_token(layer: LayerSpec, arch: Arch, policy: str, tensor: int = 1) -> int:
-    """Elements of one layer kept for one token: as `models.stage.KEPT` names them, and the layer's input."""
+    """Elements of one layer kept for one token: as `models.stage.KEPT` names them, and the layer's input or, of nested, its
+    share of those that are held at once."""
     q, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
     narrow = arch.dim * (1 if arch.names.mlp_output_norm is None else 2)
     attention = (2 * q + 2 * kv) // tensor  # queries, keys, values and what comes of them
+    if policy == "nested":
+        return arch.dim * inputs_held(len(arch.layers)) // len(arch.layers)
     return (
         arch.dim
         + {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,11 +14,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxft.data import loader
+from jaxft.learn import rounding
 from jaxft.learn.loss import Scores, Tally, scores, tally
 from jaxft.models import decoder
 from jaxft.parallel.sharding import constrain, from_host, place, replicated, spec
 from jaxft.weights.model import Loaded
 
+ROUNDING = zlib.crc32(b"rounding")  # folds a step's key for what rounds its update; micro-batches fold in 0, 1, 2, …
 Batch = dict[str, jax.Array]  # tokens, targets, positions, segments int32 and weights float32, each [B,S]
 
 
@@ -76,7 +79,7 @@ def make_train_step(
     The gradient is Σ over micro-batches of ∂Σnll, divided once by the supervised tokens of the whole batch. Metrics are
     float32 scalars: nll, correct and weight (sums), and grad_norm (before clipping); and a bool, `applied`: where loss or
     gradient is not finite, an update changes nothing but the step number, moments and the schedule's count included. Dropout
-    draws from (key, step).
+    and what rounds bfloat16 weights draw from (key, step).
     """
 
     def nll(trainable: Any, frozen: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, Tally]:
@@ -90,12 +93,12 @@ def make_train_step(
     def step(state: TrainState, frozen: Any, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(key, state.step)
         grads, sums = _accumulate(gradient, state.trainable, frozen, batch, key, accumulation_steps, mesh)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1.0), grads)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / jnp.maximum(sums.weight, 1.0), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a Python float to its int32 count
             updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
         norm = optax.tree.norm(grads)
         applied = jnp.isfinite(sums.nll) & jnp.isfinite(norm)
-        updated = optax.apply_updates(state.trainable, updates), moments
+        updated = rounding.updated(state.trainable, updates, jax.random.fold_in(key, ROUNDING)), moments
         trainable, moments = jax.tree.map(
             lambda new, old: jnp.where(applied, new, old), updated, (state.trainable, state.optimizer)
         )
@@ -118,10 +121,11 @@ def _accumulate(
     def one(total: Any, part: Any) -> tuple[Any, None]:
         micro, index = part
         new = gradient(trainable, frozen, micro, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, new), None
+        return jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, new), None
 
     zero = jnp.zeros((), jnp.float32)
-    start = jax.tree.map(jnp.zeros_like, trainable), Tally(zero, zero, zero)
+    # Sums in float32, also of bfloat16 weights' gradients.
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable), Tally(zero, zero, zero)
     return jax.lax.scan(one, start, (jax.tree.map(cut, batch), jnp.arange(parts, dtype=jnp.int32)))[0]
 
 

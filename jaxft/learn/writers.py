@@ -11,7 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxft.errors import UserError
+from jaxft.learn.events import Events
 
+BINS = 64  # of a histogram; TensorBoard shows half as many
 GROUPS = ("eval", "probe")  # of TensorBoard's scalars; a name that begins with neither is train's, as TRL has it
 
 
@@ -24,7 +26,12 @@ NOT_SENT = {
 
 
 class Writer(Protocol):
-    """What takes a run's records, each with its `step`; `scores` are figures of the whole run, told at its end."""
+    """What takes a run's records, each with its `step`; `scores` are figures of the whole run, told at its end.
+
+    An OSError says that it cannot write any more; `name` says who it is.
+    """
+
+    name: str
 
     def write(self, record: Mapping[str, Any]) -> None: ...
     def text(self, name: str, text: str, step: int) -> None: ...
@@ -41,41 +48,49 @@ class Board:
     """
 
     def __init__(self, folder: Path, resumed: int | None, settings: Mapping[str, Any], scores: Sequence[str]):
-        from tensorboardX import SummaryWriter
         from tensorboardX.summary import hparams
 
-        purge = {} if resumed is None else {"purge_step": resumed + 1}
-        self._board = SummaryWriter(str(folder), **purge)
+        self.name = f"TensorBoard in {folder}"
+        self._events = Events(folder, None if resumed is None else resumed + 1)
         shown = {key: value for key, value in settings.items() if isinstance(value, (str, bool, int, float))}
         *started, self._ended = hparams(shown, dict.fromkeys(scores))
         for summary in started if resumed is None else ():
-            self._board.file_writer.add_summary(summary)
+            self._events.add(summary)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """A scalar per finite number."""
         for name, value in record.items():
             if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
                 group, _, rest = name.partition("_")
-                self._board.add_scalar(f"{group}/{rest}" if group in GROUPS else f"train/{name}", value, record["step"])
+                self._scalar(f"{group}/{rest}" if group in GROUPS else f"train/{name}", value, record["step"])
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text panel, as an indented code block, so that nothing in it is read as Markdown or HTML."""
-        self._board.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
+        from tensorboardX import summary
+
+        self._events.add(summary.text(name, "\n".join("    " + line for line in text.splitlines())), step)
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
         """Of finite numbers; of none, and of others, nothing is shown."""
+        from tensorboardX import summary
+
         if values.size and np.isfinite(values).all():
-            self._board.add_histogram(name, values, step)
+            self._events.add(summary.histogram(name, values, BINS), step)
 
     def scores(self, scores: Mapping[str, float], step: int) -> None:
         """A scalar each, under its own name; the table of runs then has the run as ended."""
         for name, value in scores.items():
-            self._board.add_scalar(name, value, step)
-        self._board.file_writer.add_summary(self._ended)
+            self._scalar(name, value, step)
+        self._events.add(self._ended)
+
+    def _scalar(self, name: str, value: float, step: int) -> None:
+        from tensorboardX import summary
+
+        self._events.add(summary.scalar(name, value), step)
 
     def close(self, failed: bool) -> None:
-        """Writes what is left."""
-        self._board.close()
+        """Nothing is left to be written."""
+        self._events.close()
 
 
 class Tracker:
@@ -91,6 +106,7 @@ class Tracker:
         check_tracker(project)
         import wandb
 
+        self.name = "Weights & Biases"
         known = wandb.Settings.model_fields  # of which releases add some
         only = wandb.Settings(console="off", **{name: value for name, value in NOT_SENT.items() if name in known})
         try:

@@ -38,7 +38,7 @@ class Adaptation:
 
     A tied head and embedding part as soon as one of them is trained in full, unless `keeps_tied`. Matrices of linear modules
     that are not trained are held as `quantized` says, but for those of the modules `whole`; with `tables` the embedding and
-    the head are held in int8.
+    the head are held in int8. Base tensors trained in place are of `param_dtype`.
     """
 
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
@@ -49,6 +49,7 @@ class Adaptation:
     quantized: Scheme | None = None
     whole: frozenset[str] = frozenset()
     tables: bool = False
+    param_dtype: str = "float32"
 
     def trains(self, path: str, leaf: str) -> bool:
         """Whether the base tensor `path.leaf` is trained."""

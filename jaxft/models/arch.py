@@ -182,5 +182,28 @@ def stages(records: Sequence[Record]) -> list[tuple[int, int, int]]:
     return found
 
 
+def nest(units: int) -> tuple[int, int, int]:
+    """`(groups, size, rest)`: so many layers as equal groups and `rest` over, so that the fewest layer inputs are held at once:
+    one of each group, and those of a group at work.
+
+    One group where that would be no fewer than all (7 and below, but for 6). A rest is another program to compile, and has to
+    save two inputs for it.
+    """
+
+    def cost(size: int) -> tuple[int, bool, bool, int]:
+        rest = units % size
+        held = units if size == units else units // size + size + (2 if rest else 0)
+        return held, rest > 0, size != units, size
+
+    size = min(range(min(2, units), units + 1), key=cost)
+    return units // size, size, units % size
+
+
+def inputs_held(units: int) -> int:
+    """Of `units` layers under that."""
+    groups, size, rest = nest(units)
+    return units if groups == 1 else groups + (rest > 0) + size
+
+
 def _same(records: Sequence[Record], a: int, b: int, length: int) -> bool:
     return b + length <= len(records) and list(records[a : a + length]) == list(records[b : b + length])

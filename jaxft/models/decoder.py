@@ -20,7 +20,7 @@ from jaxft.models.arch import Arch, LayerSpec, stages
 from jaxft.models.attention import Places
 from jaxft.models.block import SITES, Context, Norm
 from jaxft.models.lora import Trainable, table
-from jaxft.models.stage import HIDDEN_AXES, Stage
+from jaxft.models.stage import HIDDEN_AXES, Stage, in_groups
 from jaxft.models.vocabulary import look_up, table_axes
 from jaxft.parallel.sharding import check_split, constrain
 
@@ -111,6 +111,8 @@ class Decoder(nnx.Module):
             cache, context = _extend(cache, positions, segments, self.mesh)
             layers = cache.layers
         seeds = None if key is None else jax.random.bits(key, (len(self.arch.layers), SITES, 2), jnp.uint32)
+        if self.remat == "nested" and cache is None and all(stage.repeats == 1 for stage in self.stages):
+            return self.norm(in_groups(list(self.stages), h, context, seeds, self.mesh)), None
         written = []
         for stage, kv in zip(self.stages, layers):
             h, new = stage(h, context, kv, seeds, self.remat, self.mesh)

@@ -32,7 +32,7 @@ class Scale(Frozen):
 
 
 class Trainable(nnx.Variable):
-    """A tensor that the optimizer moves; float32 always."""
+    """A tensor that the optimizer moves; float32, or where every weight is one bfloat16 by choice."""
 
 
 class LoraParam(Trainable):
@@ -282,7 +282,7 @@ def base(
     stored: tuple[str, ...] | None = None,
     also: tuple[str, ...] = (),
 ) -> nnx.Variable:
-    """A variable for the base tensors `path.leaf`: frozen in `dtype`, or trained in place in float32.
+    """A variable for the base tensors `path.leaf`: frozen in `dtype`, or trained in place in the plan's `param_dtype`.
 
     `stored` are the paths under which the checkpoint holds them, where those are others; `also` are paths under which an
     adapter holds them a second time.
@@ -290,7 +290,7 @@ def base(
     trained = plan.trains(paths[0], leaf)
     saved = _names(paths, f"base_layer.{leaf}" if paths[0] in plan.adapters else leaf)  # as PEFT nests and saves them
     return (Tuned if trained else Frozen)(
-        jnp.zeros(shape, jnp.float32 if trained else dtype),
+        jnp.zeros(shape, plan.param_dtype if trained else dtype),
         axes=axes,
         names=_names(stored or paths, leaf),
         saved=saved + _names(also, leaf) if trained and not plan.every_weight else None,

@@ -65,15 +65,24 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.A
 def dropout(x: jax.Array, rate: float, seed: jax.Array) -> jax.Array:
     """x `[B,S,F]` with each element zeroed with probability `rate` and the rest scaled by 1 / (1 - rate).
 
-    `seed` is uint32 `[2]`. The random bits are a hash of an element's place: a tenth of Threefry's arithmetic, nothing to
-    keep for the backward pass, and the same on any mesh.
+    `seed` is uint32 `[2]`.
     """
-    one, S = x[..., :1], x.shape[1]
-    row = _index(one, 0) * np.uint32(S) + _index(one, 1)
-    rows = _mixed(_mixed(row + seed[0]) ^ seed[1])
-    bits = _mixed(rows + _index(x, 2) * np.uint32(0x9E3779B9))
-    keep = bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+    keep = random_bits(x.shape, seed) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def random_bits(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
+    """Uint32 of `shape` `[..., F]`, drawn by `seed` uint32 `[2]`.
+
+    A hash of an element's place: a tenth of Threefry's arithmetic, nothing to keep for a backward pass, and the same on any
+    mesh. Rows number below 2³², and so do the elements of one.
+    """
+    leading = (*shape[:-1], 1)
+    row = jnp.zeros(leading, jnp.uint32)
+    for axis, size in enumerate(shape[:-1]):
+        row = row * np.uint32(size) + _index(leading, axis)
+    rows = _mixed(_mixed(row + seed[0]) ^ seed[1])
+    return _mixed(rows + _index(shape, len(shape) - 1) * np.uint32(0x9E3779B9))
 
 
 def apart(x: jax.Array) -> jax.Array:
@@ -81,8 +90,8 @@ def apart(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
-def _index(x: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+def _index(shape: tuple[int, ...], axis: int) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
 
 
 def _mixed(x: jax.Array) -> jax.Array:

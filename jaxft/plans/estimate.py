@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxft.learn.recompute import kept_per_token
-from jaxft.models.arch import Arch, LayerSpec
+from jaxft.models.arch import Arch, LayerSpec, nest
 
 # How often the residual stream [tokens, D] is read or written in a layer beside the matmuls: two norms and two sums, forward
 # and backward; and a [tokens, F] where the gated product is formed as matmuls read it, once forward and twice backward. It is
@@ -25,8 +25,8 @@ class Step:
     """A step of `rows` × `length` tokens over all chips; `data` counts copies of the model over all slices.
 
     `ranks` are the pairs' by Hub path; where none is given every weight is trained. `width` is bytes of an element, `held`
-    those of a linear weight as it is held, with its share of scales, `table_width` of one of the embedding; `decoded`: a pass
-    writes such weights out and reads them.
+    those of a linear weight as it is held, with its share of scales, `table_width` of one of the embedding, `param_width` of
+    one that is trained; `decoded`: a pass writes such weights out and reads them.
     """
 
     arch: Arch
@@ -43,6 +43,7 @@ class Step:
     held: float = 2
     table_width: float = 2
     decoded: bool = False
+    param_width: int = 4
 
     @property
     def chips(self) -> int:
@@ -88,7 +89,7 @@ def flops_per_token(step: Step) -> float:
 
 def attention_flops_per_token(step: Step) -> float:
     """Of one position in attention's matmuls: causal, at most a window back; packed rows need less, which no kernel skips."""
-    each = FORWARD * (2 if step.policy == "full" else 1) + BACKWARD
+    each = FORWARD * {"full": 2, "nested": 2 + _regrouped(step)}.get(step.policy, 1) + BACKWARD
     return each * sum(_keys(layer, step.length) * layer.heads * layer.head_dim for layer in step.arch.layers)
 
 
@@ -105,7 +106,13 @@ def _repeated(step: Step) -> float:
     gated = sum(layer.ffn * step.arch.dim for layer in step.arch.layers) / step.weights  # one of gate, up and down
     if step.policy == "qkv":
         return 2 * gated
-    return 1.0 if step.arch.names.mlp_output_norm else 1.0 - gated  # nobody needs the output of down but such a norm
+    once = 1.0 if step.arch.names.mlp_output_norm else 1.0 - gated  # nobody needs the output of down but such a norm
+    return once + (_regrouped(step) if step.policy == "nested" else 0)
+
+
+def _regrouped(step: Step) -> int:
+    """Whether groups of layers are computed again as well, before their layers are."""
+    return int(nest(len(step.arch.layers))[0] > 1)
 
 
 def hbm_bytes(step: Step) -> float:
@@ -137,8 +144,9 @@ def _head_moved(step: Step) -> float:
 
 
 def _optimizer_moved(step: Step) -> float:
-    """Parameters and two moments read and written, gradients written and read, in float32."""
-    return 4 * (6 + 2 * step.micro_batches) * step.trained / (step.fsdp * step.tensor)
+    """Parameters and two float32 moments read and written, gradients written and read; sums of several in float32."""
+    gradients = 2 * step.param_width if step.micro_batches == 1 else 2 * 4 * step.micro_batches
+    return (2 * step.param_width + 16 + gradients) * step.trained / (step.fsdp * step.tensor)
 
 
 def ici_bytes(step: Step) -> float:
@@ -147,6 +155,7 @@ def ici_bytes(step: Step) -> float:
     copies = step.data // step.slices  # within a slice
     gathered = step.micro_batches * 2 * step.weights * step.held / t * (f - 1) / f
     shared = 2 * (t - 1) / t * 4 * len(arch.layers) * step.tokens * arch.dim * step.width
+    # In float32 also where weights are bfloat16: the compiler adds the chips' shares up before it rounds them.
     gradient = 4 * step.trained / t * (f - 1) / f + 2 * 4 * step.trained / (f * t) * (copies - 1) / copies
     loss = (f * t - 1) / (f * t) * step.tokens * f * arch.dim * (step.width + 4)
     looked_up = (f - 1) / f * (step.table * step.width / f + step.tokens * arch.dim * step.width)
@@ -159,10 +168,15 @@ def dcn_bytes(step: Step) -> float:
 
 
 def memory(step: Step) -> dict[str, float]:
-    """Bytes held by one chip, as `plan` names them; activations are what the policy keeps and one layer at work."""
+    """Bytes held by one chip, as `plan` names them; activations are what the policy keeps, one layer at work, and the
+    gradients of all weights where these are trained."""
     arch, ways = step.arch, step.fsdp * step.tensor
     tables = step.table * (1 if arch.tied_head else 2)
-    weights = (step.held * step.weights + step.table_width * tables) / ways if step.frozen else 4 * step.trained / ways
+    weights = (step.held * step.weights + step.table_width * tables) / ways
+    gradients = 0.0
+    if not step.frozen:
+        weights = step.param_width * step.trained / ways
+        gradients = (step.param_width + (4 if step.micro_batches > 1 else 0)) * step.trained / ways
     pairs = 4 * step.trained / ways if step.frozen else 0.0
     tokens = step.tokens / step.micro_batches
     kept = tokens * step.width * sum(kept_per_token(layer, arch, step.policy, step.tensor) for layer in arch.layers)
@@ -173,7 +187,7 @@ def memory(step: Step) -> dict[str, float]:
         "lora_bytes_per_chip": pairs,
         "optimizer_bytes_per_chip": 8 * step.trained / ways,
         "batch_bytes_per_chip": 5 * 4 * step.tokens,
-        "activations_bytes_per_chip": kept + at_work + (2 * layer if step.fsdp > 1 else 0) + LOGITS,
+        "activations_bytes_per_chip": kept + at_work + (2 * layer if step.fsdp > 1 else 0) + LOGITS + gradients,
     }
 
 

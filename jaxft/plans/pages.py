@@ -1,4 +1,4 @@
-"""`python -m jaxft.plans.pages runs|growth|quantized|lines FILE …`: plans' files (`--json`) to tables for a README."""
+"""`python -m jaxft.plans.pages runs|growth|quantized|full|lines FILE …`: plans' files (`--json`) to tables for a README."""
 
 from __future__ import annotations
 
@@ -63,32 +63,26 @@ def growth(plans: Sequence[dict[str, Any]]) -> str:
 
 def quantized(plans: Sequence[dict[str, Any]]) -> str:
     """A row for each way to hold a base, with what a chip holds of it."""
-    head = [
-        "run",
-        "base",
-        "place",
-        "rows",
-        "policy",
-        "weights, GiB",
-        "GiB a chip",
-        "of",
-        "FLOPs",
-        "s a step",
-        "bound by",
-    ]
+    return _held(plans, "weights")
+
+
+def full(plans: Sequence[dict[str, Any]]) -> str:
+    """Likewise for runs that train every weight, with what a chip holds of the optimizer's moments."""
+    return _held(plans, "weights", "optimizer")
+
+
+def _held(plans: Sequence[dict[str, Any]], *parts: str) -> str:
+    shares = [f"{part}, GiB" for part in parts]
+    head = ["run", "base", "place", "rows", "policy", *shares, "GiB a chip", "of", "FLOPs", "s a step", "bound by"]
     lines = [_line(head), _rule(head)]
     for name, row in ((each["config"], row) for each in plans for row in each["rows"]):
         found = [name, row["base"], row["topology"], str(row["rows_per_step"])]
         if row["fits"]:
-            found += [
-                row["policy"],
-                f"{row['weights_bytes_per_chip'] / GIB:.2f}",
-                f"{row['total_bytes_per_chip'] / GIB:.2f}",
-            ]
+            found += [row["policy"], *(f"{row[f'{part}_bytes_per_chip'] / GIB:.2f}" for part in (*parts, "total"))]
             found += [f"{row['hbm_bytes_per_chip'] / GIB:.2f}", f"{row['flops_over_ideal']:.3f}"]
             found += [f"{row['expected_step_seconds']:.3g}", row["bound_by"]]
         else:
-            found += ["", *table.failure(row)]
+            found += [*[""] * len(parts), *table.failure(row)]
         lines.append(_line([*found, *[""] * (len(head) - len(found))]))
     return "\n".join(lines)
 
@@ -121,6 +115,9 @@ def _rule(head: Sequence[str]) -> str:
     return "|" + "---|" * len(head)
 
 
+PAGES = {"runs": runs, "growth": growth, "quantized": quantized, "full": full, "lines": lines}
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text("utf-8"))
@@ -132,14 +129,10 @@ def _read(file: Path) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     """Prints the page."""
     parser = argparse.ArgumentParser(prog="python -m jaxft.plans.pages", allow_abbrev=False)
-    parser.add_argument("page", choices=("runs", "growth", "quantized", "lines"))
+    parser.add_argument("page", choices=tuple(PAGES))
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path)
     asked = parser.parse_args(argv)
-    print(
-        {"runs": runs, "growth": growth, "quantized": quantized, "lines": lines}[asked.page](
-            [_read(file) for file in asked.files]
-        )
-    )
+    print(PAGES[asked.page]([_read(file) for file in asked.files]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxft.config import Config
 from jaxft.errors import UserError, one_line
@@ -103,7 +104,15 @@ def described(settings: Config, source: Source, policy: str, mesh: Mapping[str, 
         source.arch, ranks, rows, length, policy, mesh["data"], mesh["fsdp"], mesh["tensor"], slices,
         settings.optim.accumulation_steps, source.dtype.itemsize, held_bytes(source),
         1.0 if source.plan.tables else source.dtype.itemsize, decodes(source),
+        jnp.dtype(source.plan.param_dtype).itemsize,
     )  # fmt: skip
+
+
+def base(settings: Config) -> str:
+    """How the base's weights are held, in words."""
+    if settings.lora is None:
+        return f"{settings.model.param_dtype}, trained"
+    return model.held_as(settings.model, settings.model.dtype)
 
 
 def held_bytes(source: Source) -> float:
@@ -167,7 +176,7 @@ def _head(settings: Config, place: Place) -> Row:
         "slices": place.slices,
         "rows_per_step": settings.optim.batch_size,
         "accumulation_steps": settings.optim.accumulation_steps,
-        "base": model.held_as(settings.model, settings.model.dtype),
+        "base": base(settings),
         "hbm_bytes_per_chip": place.chip.hbm_bytes,
         "method": ARITHMETIC if place.topology is None else COMPILED,
     }

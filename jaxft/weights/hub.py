@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxft.bounds import bounded
 from jaxft.errors import UserError
 from jaxft.models.arch import Arch
 from jaxft.models.families import arch_from_config
@@ -16,6 +17,7 @@ BUILTIN = {"builtin:tiny": Path(__file__).resolve().parent.parent / "tiny" / "ba
 TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]
 WEIGHTS = [*TOKENIZER, "*.safetensors"]
 JSON_LIMIT_BYTES = 10 << 20  # a config has a few kB, the index of a thousand shards some MB
+JSON_LIMIT_VALUES = 1_000_000  # two of a hundred thousand tensors each, and of their names
 MAX_LAYERS, MAX_SIZE = 1000, 2**31 - 1  # in a config.json
 COPIES = ["*/*", "consolidated*.safetensors"]  # the same weights again, in other layouts
 
@@ -135,12 +137,9 @@ def read_arch(folder: Path) -> Arch:
 def read_json(file: Path, what: str) -> Mapping[str, Any]:
     """The object in `file`. Raises UserError where it is missing, not JSON, or not an object."""
     try:
-        size = file.stat().st_size
         if file.exists() and not file.is_file():  # a pipe would be waited for
             raise UserError(f"{file}: is no file")
-        if size > JSON_LIMIT_BYTES:
-            raise UserError(f"{file}: {size:,} bytes; expected at most {JSON_LIMIT_BYTES:,}")
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(bounded(file, JSON_LIMIT_BYTES, JSON_LIMIT_VALUES).decode("utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{file}: missing; {what} needs it") from error
     except json.JSONDecodeError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from jaxft.models.families import arch_from_config, published
 from jaxft.models.quantize import BLOCK, Scheme
 from jaxft.parallel.compilation import return_memory
 from jaxft.parallel.mesh import make_mesh
-from jaxft.weights import keras, load, peft, shards
+from jaxft.weights import digests, keras, load, peft, shards
 from jaxft.weights.hub import local_folder, read_arch, read_json
 
 SCHEMES = ("int8", "nf4", "int4")
@@ -92,6 +92,12 @@ def find(model: config.Model, adaptation: config.Lora | str | None = "base") -> 
     stored = load.stored_dtype(folder, files, arch)
     dtype = jnp.dtype(model.dtype) if model.dtype != "auto" else stored
     rows = tensors.table(decoder.abstract(arch, plan, dtype))
+    if files is not None and model.verify:
+        if preset:
+            raise UserError(
+                f"model.verify: {model.name} is a Keras preset, whose SHA-256 is not known; leave model.verify out"
+            )
+        digests.verify(tensor.file for tensor in files.values())
     if files is not None:
         load.check_base(files, rows, arch, str(folder))
     if adapter is not None:
@@ -136,9 +142,12 @@ def sketch(model: config.Model, adaptation: config.Lora | None) -> Source:
 
 
 def quantized(plan: Adaptation, model: config.Model, arch: Arch) -> Adaptation:
-    """`plan` with the base held as `model` asks. Raises UserError."""
+    """`plan` with the base held as `model` asks, what is trained of it included. Raises UserError."""
+    plan = replace(plan, param_dtype=model.param_dtype)
     if model.quantize_double and model.quantize != "nf4":
         raise UserError(f"quantize_double: is for nf4 alone, and quantize is {model.quantize}")
+    if model.quantize_tables and model.quantize == "none":
+        raise UserError("quantize_tables: needs quantize int8, int4 or nf4, which is none")
     if model.quantize == "none":
         return plan
     if model.quantize not in SCHEMES:
@@ -224,11 +233,13 @@ def load_decoder(
     quantize: str = "none",
     quantize_group: int = 64,
     quantize_double: bool = False,
+    quantize_tables: bool = False,
 ) -> tuple[Any, Path]:
     """A callable decoder, and the folder of its tokenizer: the one named, the adapter's where it brings one, the model's."""
     named = None if adapter is None else str(adapter)
     held = {"quantize": quantize, "quantize_group": quantize_group, "quantize_double": quantize_double}
-    source = find(config.Model(name=str(name), tokenizer=tokenizer, dtype=dtype, adapter=named, **held))
+    about = {"name": str(name), "tokenizer": tokenizer, "dtype": dtype, "adapter": named}
+    source = find(config.Model(**about, **held, quantize_tables=quantize_tables))
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     loaded = materialise(source, mesh)
     return loaded.decoder(), source.tokenizer if tokenizer else source.tokenizer_beside_adapter

@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxft.bounds import check_values
 from jaxft.errors import UserError
 from jaxft.weights.hub import read_json
 
@@ -21,6 +22,7 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip
 HEADER_LIMIT_BYTES = 10 << 20  # of a hundred thousand tensors; a larger one, parsed, would fill the memory
+HEADER_LIMIT_VALUES = 1_200_000
 SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 
 
@@ -105,7 +107,9 @@ def _header(file: Path) -> tuple[Mapping[str, Any], int, int]:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(HEADER_LIMIT_BYTES, size - 8):
                 raise UserError(f"{file}: a header of {length} bytes in a file of {size}; truncated? download it again")
-            header = json.loads(stream.read(length))
+            text = stream.read(length)
+        check_values(text, HEADER_LIMIT_VALUES, f"{file}: header")
+        header = json.loads(text)
     except FileNotFoundError as error:
         raise UserError(f"{file}: missing; download the checkpoint again") from error
     except (ValueError, RecursionError, OSError) as error:

@@ -43,9 +43,12 @@ POINTS = {
     "rename": ("jaxft.disk", "_replace", 1, "before"),
     "finished": ("jaxft.report", "write", 1, "before"),
 }
-# The train verb, in which one of these is the last thing that happens.
+# The train verb, in which one of these is the last thing that happens; without PyTorch, as where jaxft is used: transformers
+# would import it, a third of what a start takes.
 DYING = """
-import importlib, os, signal, sys
+import importlib.util, os, signal, sys
+found_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda module, *more: None if module == "torch" else found_spec(module, *more)
 name, what, times, when = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1)
 if name:
     owner, calls = importlib.import_module(name), []
