@@ -137,7 +137,7 @@ def disk_full(error: BaseException) -> tuple[object, str] | None:
 
 LESS_HOST_MEMORY = "free some, or lower data.limit or data.max_length"
 LESS_DEVICE_MEMORY = (
-    "lower optim.batch_size (or raise optim.accumulation_steps), lower data.max_length, set model.remat full, or spread "
+    "lower optim.batch_size (or raise optim.accumulation_steps), lower data.max_length, set model.remat nested, or spread "
     "the model over more devices (mesh.fsdp)"
 )
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import llama, load, peft_model, reload, save
+from marked import slow
 from peft.optimizers import create_loraplus_optimizer
 from test_train import lines, one_device, start  # noqa: F401
 
@@ -36,7 +37,7 @@ def parameters(model):
 
 
 # PEFT decays DoRA's magnitudes as it does matrices; here no vector is decayed, with LoRA+ or without.
-@pytest.mark.parametrize(("dora", "decay"), [(False, 0.1), (True, 0.0)], ids=["pairs and biases", "DoRA"])
+@pytest.mark.parametrize(("dora", "decay"), [(False, 0.1), slow(True, 0.0)], ids=["pairs and biases", "DoRA"])
 def test_updates_are_those_of_pefts_optimizer(base, tmp_path, dora, decay):
     about = {"r": 4, "use_dora": dora, "target_modules": ["q_proj", "down_proj"]}
     oracle = peft_model(reload(base), bias="none" if dora else "lora_only", **about)

@@ -6,7 +6,7 @@ import numpy as np
 import openelm
 import pytest
 from checkpoints import load, save, tiny, with_random_b
-from marked import slow
+from marked import exhaustive, slow
 from test_quantize import WIDE
 from test_step import batch, by_name
 
@@ -71,25 +71,33 @@ def assert_nested_is_full(folder, lora=LORA, **options):
 
 @pytest.mark.parametrize(
     ("family", "layers", "lora"),
-    [("llama", 9, FEW), slow("llama", 11, LORA), slow("llama", 9, None), slow("gemma2", 12, LORA), slow("openelm", 9, LORA),
-     slow("llama", 13, Lora(rank=4, targets=("q_proj",), train_modules=("k_proj",)))],
+    [("llama", 9, FEW), exhaustive("llama", 11, LORA), exhaustive("llama", 9, None), slow("gemma2", 12, LORA),
+     exhaustive("openelm", 9, LORA), exhaustive("llama", 13, Lora(rank=4, targets=("q_proj",), train_modules=("k_proj",)))],
 )  # fmt: skip
 def test_gradients_are_those_of_all_layers_computed_again(family, layers, lora, tmp_path):
     """A rest beyond the groups, every weight trained, windows that alternate within 16 tokens, and layers in no scan too."""
     assert_nested_is_full(saved(family, layers, tmp_path), lora)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [{"quantize": "nf4"}, {"quantize": "int8"}, {"quantize": "int4", "quantize_group": 32}]
+    "options",
+    [
+        slow({"quantize": "nf4"}),
+        exhaustive({"quantize": "int8"}),
+        exhaustive({"quantize": "int4", "quantize_group": 32}),
+    ],
 )
 def test_a_quantised_base_under_dora_too(options, tmp_path):
     assert_nested_is_full(saved("llama", 9, tmp_path, **WIDE), Lora(rank=4, dropout=0.3, dora=True), **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{}, {"data": 2, "tensor": 2}], ids=["fsdp=8", "data=2, fsdp=2, tensor=2"])
-@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize(
+    ("mesh", "quantize"),
+    [
+        slow({"data": 2, "tensor": 2}, "int8"), exhaustive({"data": 2, "tensor": 2}, "none"),
+        exhaustive({}, "int8"), exhaustive({}, "none"),
+    ],
+)  # fmt: skip
 def test_eight_devices_too(mesh, quantize, tmp_path):
     folder = saved("llama", 9, tmp_path, **WIDE)
     assert_nested_is_full(folder, mesh=make_mesh(config.Mesh(**mesh)), quantize=quantize)
@@ -134,7 +142,7 @@ def checkpoints(jaxpr, turns=1):
                 yield from checkpoints(inner, inside) if hasattr(inner, "eqns") else ()
 
 
-@pytest.mark.parametrize(("policy", "layers"), [("full", 2), slow("nested", 6)])
+@pytest.mark.parametrize(("policy", "layers"), [("full", 2), exhaustive("nested", 6)])
 def test_what_is_computed_again_outside_a_loop_has_a_barrier_before_it(policy, layers, tmp_path):
     """A compiler merges equal computations, and so had kept all that OpenELM's layers, each by itself, compute."""
     few = Lora(rank=4, dropout=0.3, targets=("out_proj",))
