@@ -44,8 +44,9 @@ class Model:
     """random starts from run.seed and reads only config.json and the tokenizer (pretraining, with lora None)."""
     remat: Literal["auto", "none", "dots", "qkv", "full", "nested"] = "auto"
     """Activations kept for the backward pass: none recomputes nothing, dots keeps every matmul's output, qkv the attention's,
-    full only layer inputs, nested those of groups of layers (7 of 6 for 42; another forward pass; the same as full for five layers, seven, and fewer). auto
-    takes the first of dots, qkv, full and nested that the compiler fits into the device; dots on a CPU."""
+    full only layer inputs, nested those of groups of layers (of 42, 7 groups of 6) for another forward pass; seven layers and
+    fewer, but for six, are in no groups. auto takes the first of dots, qkv, full and nested that the compiler fits into the
+    device; dots on a CPU."""
     attention: Literal["auto", "dense", "blocked", "splash", "cudnn", "tokamax"] = "auto"
     """Attention kernel; auto is blocked on a CPU, splash on a TPU, and on a GPU in bfloat16 cudnn, or tokamax where
     scores are capped and it is installed; dense (plain XLA) where these cannot compute the model."""
