@@ -232,6 +232,8 @@ class Run:
     """Of initialisation, dropout, data order and split."""
     log_every: int = 10
     """Steps between log lines."""
+    allow_change: tuple[str, ...] = ()
+    """Settings that a run in the folder may go on with otherwise, though they would be refused: data.max_length, say."""
     keep: int = 2
     """Newest checkpoints kept, beside the best."""
     usd_per_chip_hour: float | None = None
@@ -372,6 +374,12 @@ def _validate_together(config: Config) -> None:
             f"optim.accumulation_steps: {optim.accumulation_steps} does not divide optim.batch_size "
             f"{optim.batch_size}; batch_size counts the sequences of all micro-batches"
         )
+    for key in config.run.allow_change:
+        section, _, name = key.partition(".")
+        if name not in (f.name for f in dataclasses.fields(SECTIONS.get(section, Config))):
+            from jaxft.command_line import did_you_mean
+
+            raise UserError(f"run.allow_change: unknown key {key}{did_you_mean(key)}")
     if model.quantize != "none" and lora is None:
         raise UserError(
             f"model.quantize: {model.quantize} weights are frozen, and lora None trains every weight; take one"

@@ -193,7 +193,8 @@ def start(job: Job, folder: RunFolder, goodput: Goodput) -> Started:
     loaded = replace(loaded, graphdef=compiled.outlined.graphdef)
     state, stand = step.initial_state(loaded, compiled.optimizer, mesh), None
     planned = row.expected(settings, job.source, mesh, compiled.policy, compiled.shape[1])
-    facts = description.facts(job, loaded, compiled, planned, folder.results.get("started"))
+    before = folder.results
+    facts = description.facts(job, loaded, compiled, planned, before.get("started"))
     folder.start({"jaxft": jaxft.__version__} | facts)
     checkpoints = Checkpoints(folder.place / "checkpoints", settings.run.keep, folder.processes, tell)
     latest = folder.processes.from_first(lambda: checkpoints.latest)
@@ -201,7 +202,7 @@ def start(job: Job, folder: RunFolder, goodput: Goodput) -> Started:
         state, progress = checkpoints.restore(latest, state)
         stand = Stand(**progress)
     goodput.open(folder.path, latest, writes=folder.processes.first)
-    description.tell_all(job, folder, latest)
+    description.tell_all(job, folder, latest, before)
     tell(compiled.said())
     answerer = Answerer(loaded.decoder(), job.tokenizer, job.data.template, settings.eval.max_new_tokens)
     schedule = optim.schedule(settings.optim, job.steps)

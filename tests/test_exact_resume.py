@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from test_train import lines, one_device, start  # noqa: F401
 
+from jaxft import config
 from jaxft.errors import Stopped, UserError
 from jaxft.learn import recompute, step
+from jaxft.learn.description import moved
+from jaxft.learn.folder import RunFolder
 from jaxft.learn.loop import Loop
 from jaxft.parallel import preemption
 
@@ -119,3 +122,51 @@ def test_a_resumed_run_may_change_some_settings_says_others_and_refuses_the_rest
     assert (results["step"], "; ".join(results["changes"])) == (8, said)
     with pytest.raises(UserError, match=r"optim.max_steps 8 → 9; give a new --run.dir"):  # it has ended
         start(tmp_path, *more, *CHANGES, "--optim.max_steps", "9")
+
+
+def begun(folder, without=(), **results):
+    """A folder in which a run with the tiny default's settings has begun, by a version that did not know all of them."""
+    settings = config.to_dict(config.load("tiny_cpu.py", ["--run.dir", str(folder)]))
+    for key in without:
+        section, name = key.split(".")
+        del settings[section][name]
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "results.json").write_text(json.dumps({"state": "running", **results}))
+
+
+def opened(folder, *words):
+    return RunFolder(config.load("tiny_cpu.py", ["--run.dir", str(folder), *words]))
+
+
+def test_a_refused_change_can_be_allowed_by_its_name(tmp_path):
+    begun(tmp_path)
+    words = ("--data.max_length", "64", "--lora.rank", "4")
+    remedy = r"\(or go on all the same with --run.allow_change data.max_length lora.rank\)$"
+    with pytest.raises(UserError, match=r"max_length \d+ → 64; lora.rank 8 → 4; give a new --run.dir " + remedy):
+        opened(tmp_path, *words)
+    with pytest.raises(UserError, match=r"lora.rank 8 → 4; give a new"):
+        opened(tmp_path, *words, "--run.allow_change", "data.max_length")
+    opened(tmp_path, *words, "--run.allow_change", "data.max_length", "lora.rank")
+    with pytest.raises(UserError, match=r"run.allow_change: unknown key data.max_len; did you mean data.max_length\?"):
+        opened(tmp_path, "--run.allow_change", "data.max_len")
+    begun(tmp_path, state="finished")
+    with pytest.raises(UserError, match=r"give a new --run.dir$"):
+        opened(tmp_path, *words, "--run.allow_change", "data.max_length", "lora.rank")
+
+
+def test_a_setting_that_was_unknown_when_the_run_began_counts_as_its_default(tmp_path):
+    begun(tmp_path, without=("lora.dora", "model.param_dtype", "run.allow_change"))
+    opened(tmp_path)
+    with pytest.raises(UserError, match=r"lora.dora False → True"):
+        opened(tmp_path, "--lora.dora", "True")
+    with pytest.raises(UserError, match=r"lora.rank 8 → None"):
+        opened(tmp_path, "--lora", "none")
+
+
+def test_a_run_that_goes_on_elsewhere_says_that_its_bits_are_others():
+    here = {"device": {"kind": "cpu", "count": 8, "processes": 1}, "mesh": {"data": 1, "fsdp": 8, "tensor": 1}}
+    there = {"device": {"kind": "TPU v5 lite", "count": 4, "processes": 2}, "mesh": {"data": 1, "fsdp": 4, "tensor": 1}}
+    assert moved({}, here) is None and moved(here, here) is None
+    assert moved(here, here | {"device": {"kind": "cpu", "count": 8, "processes": 4}}) is None  # to the same bits
+    assert moved(there, here).startswith("was on 4 × TPU v5 lite (data=1, fsdp=4, tensor=1): from here on")
+    assert moved(here | {"mesh": {"data": 8, "fsdp": 1, "tensor": 1}}, here) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -45,8 +46,21 @@ def facts(job: Job, loaded: Loaded, compiled: Compiled, planned: Any, started: s
     }  # fmt: skip
 
 
-def tell_all(job: Job, folder: RunFolder, resumed: int | None) -> None:
-    """Model, adapter, data, devices and folder, and the step of the checkpoint that the run goes on from."""
+def moved(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What is said of a run that goes on on other devices than its last start had, both as in results.json."""
+
+    def place(results: Mapping[str, Any]) -> str:
+        device, mesh = results["device"], results["mesh"]
+        return f"{device['count']} × {device['kind']} ({', '.join(f'{name}={size}' for name, size in mesh.items())})"
+
+    if not {"device", "mesh"} <= before.keys() or place(before) == place(now):
+        return None
+    return f"was on {place(before)}: from here on its numbers are those of a run that stayed there to rounding, not to the bit"
+
+
+def tell_all(job: Job, folder: RunFolder, resumed: int | None, before: Mapping[str, Any]) -> None:
+    """Model, adapter, data, devices and folder, and the step of the checkpoint that the run goes on from; `before` is what
+    results.json held at the start."""
     model, device, optim = folder.results["model"], folder.results["device"], job.config.optim
     trainable, parameters = model["trainable"], model["parameters"]
     adapted = described(job.source.plan)
@@ -65,3 +79,6 @@ def tell_all(job: Job, folder: RunFolder, resumed: int | None) -> None:
         f"{100 * data['fill']:.1f} % of positions real; {job.steps} steps"
     )
     tell(f"run folder: {folder.place}" + ("" if resumed is None else f", resumed at step {resumed}"))
+    other = None if resumed is None else moved(before, folder.results)
+    if other is not None:
+        tell(other)

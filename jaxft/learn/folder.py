@@ -22,7 +22,7 @@ FREE = (
     "eval.every_steps", "eval.patience", "eval.min_delta", "optim.stop_after_nonfinite",
     "data.cache", "run.dir", "run.log_every", "run.keep", "run.usd_per_chip_hour", "run.profile",
     "run.compilation_cache", "eval.tasks", "eval.limit", "eval.samples",
-    "eval.probe_rows", "run.wandb", "model.verify",
+    "eval.probe_rows", "run.wandb", "model.verify", "run.allow_change",
 )  # fmt: skip
 FREE_SECTIONS = ("mesh",)
 # What a run that has not ended may go on with otherwise, and says so: the steps to come are not what they would have been.
@@ -117,7 +117,8 @@ class RunFolder:
     def start(self, facts: dict[str, Any]) -> None:
         """Creates the folder and writes config.json and the first results.json; UserError where another data set was used."""
         known = self.results.get("data", {}).get("fingerprint")
-        if known and known != facts["data"]["fingerprint"]:
+        allowed = any(key.startswith("data.") for key in self.settings["run"]["allow_change"])
+        if known and known != facts["data"]["fingerprint"] and not allowed:
             raise UserError(
                 f"run.dir: {self.place} holds a run on other rows, tokenizer or lengths (data {known[:12]} → "
                 f"{facts['data']['fingerprint'][:12]}); give a new --run.dir"
@@ -167,16 +168,24 @@ def unwritable(place: Any, error: OSError | str) -> UserError:
 
 
 def _same_run(path: Any, before: dict[str, Any], now: dict[str, Any], ended: bool) -> list[str]:
-    """What is said of settings that a run may go on with otherwise; UserError for those that it may not."""
-    old, new = _flat(before), _flat(now)
+    """What is said of settings that a run may go on with otherwise; UserError for those that it may not.
+
+    A setting that was not known yet when the run began counts as its default.
+    """
+    defaults = config.to_dict(config.Config())
+    known = {name: defaults.get(name, {}) | told if isinstance(told, dict) else told for name, told in before.items()}
+    old, new = _flat(known), _flat(now)
+    allowed = (*WARNED, *now["run"]["allow_change"])
     changed = {
         key: f"{key} {old.get(key)!r} → {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
         if key not in FREE and key.partition(".")[0] not in FREE_SECTIONS and old.get(key) != new.get(key)
     }
-    refused = [said for key, said in changed.items() if ended or key not in WARNED]
+    refused = {key: said for key, said in changed.items() if ended or key not in allowed}
     if refused:
-        raise UserError(f"run.dir: {path} holds a run with other settings: {'; '.join(refused)}; give a new --run.dir")
+        remedy = "" if ended else f" (or go on all the same with --run.allow_change {' '.join(refused)})"
+        said = f"run.dir: {path} holds a run with other settings: {'; '.join(refused.values())}"
+        raise UserError(f"{said}; give a new --run.dir{remedy}")
     return list(changed.values())
 
 
