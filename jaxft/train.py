@@ -188,7 +188,11 @@ def start(job: Job, folder: RunFolder, goodput: Goodput) -> Started:
         outlined = model.outline(job.source, mesh, attention=settings.model.attention)
         loaded = model.materialise(job.source, mesh, outlined, seed=settings.run.seed)
         goodput.begin("compile")
-        compiled = compiling.result()
+        try:
+            compiled = compiling.result()
+        except recompute.DoesNotFit as error:
+            tell(row.needs(settings, job.source, mesh, error))
+            raise
     goodput.begin("load")
     loaded = replace(loaded, graphdef=compiled.outlined.graphdef)
     state, stand = step.initial_state(loaded, compiled.optimizer, mesh), None

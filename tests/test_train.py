@@ -274,3 +274,20 @@ def test_a_mistake_ends_a_real_process_with_exit_2_and_no_traceback():
     assert ended.returncode == 2
     assert ended.stderr == one_line(ended.stderr) + "\n"
     assert "did you mean optim.learning_rate?" in ended.stderr
+
+
+def test_a_step_that_fits_no_device_ends_with_what_it_needs_and_exit_3(tmp_path, monkeypatch, capsys):
+    from jaxft.parallel import mesh
+
+    monkeypatch.setattr(mesh, "usable_bytes", lambda mesh: 1 << 20)
+    with pytest.raises(SystemExit) as ended:
+        run_verb(lambda argv: start(tmp_path))
+    said = capsys.readouterr()
+    assert ended.value.code == 3
+    (line,) = said.err.splitlines()
+    assert line.startswith("error: the training step does not fit") and "lower optim.batch_size" in line
+    parts = re.search(
+        r"with model.remat dots: weights (.*), lora (.*), optimizer (.*), batch (.*), activations (.*)\n", said.out
+    )
+    weights, lora, optimizer, *_ = map(float, parts.groups())
+    assert optimizer == pytest.approx(2 * lora, abs=0.02) and weights < 0.1

@@ -153,6 +153,14 @@ def expected(settings: Config, source: Source, mesh: Any, policy: str, length: i
     }
 
 
+def needs(settings: Config, source: Source, mesh: Any, error: DoesNotFit) -> str:
+    """What a device would hold under the last policy tried, part by part and by arithmetic, where none fits."""
+    policy = error.tried[-1][0]
+    found = estimate.memory(described(settings, source, policy, dict(mesh.shape)))
+    parts = ", ".join(f"{name.partition('_')[0]} {size / 2**30:.2f}" for name, size in found.items())
+    return f"a device needs, in GiB and by arithmetic, with model.remat {policy}: {parts}"
+
+
 def _network(built: Program, place: Place, step: Step) -> dict[str, Any]:
     """Bytes that a chip takes in, from the program's text, or by arithmetic where there is none to read."""
     moved = program.moved(built.compiled.executable, place.chips // place.slices)
