@@ -29,8 +29,6 @@ class Model:
     """Hub id (meta-llama/Llama-3.2-1B), local folder, or builtin:tiny."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
-    verify: bool = False
-    """Read the weights once more before, and compare their SHA-256 with the Hub's, which its cache knows."""
     tokenizer: str | None = None
     """Hub id or local folder of the tokenizer; where None, the model's own (OpenELM brings none)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -61,6 +59,8 @@ class Model:
     """Hold embedding and head in int8 as well, with a scale per row."""
     quantize_skip: tuple[str, ...] = ()
     """Linear modules that stay as they are, such as down_proj or a whole path."""
+    verify: bool = False
+    """Read the weights once more before, and compare their SHA-256 with the Hub's, which its cache knows."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,6 @@ class Optim:
 
     learning_rate: float = 2e-4
     """Peak."""
-    loraplus_lr_ratio: float = 1.0
-    """LoRA+: B of each pair, and biases and magnitudes trained beside it, learn at so many times the learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """After warm-up: constant, or down to zero at the last step."""
     warmup: float = 0.0
@@ -162,6 +160,8 @@ class Optim:
     """Added to the root of the second moment."""
     clip: float | None = 1.0
     """Largest global norm of the gradient; None is off."""
+    loraplus_lr_ratio: float = 1.0
+    """LoRA+: B of each pair, and biases and magnitudes trained beside it, learn at so many times the learning rate."""
     stop_after_nonfinite: int = 3
     """Stop after so many steps in a row whose loss or gradient is not finite; such a step changes nothing."""
     epochs: float = 3.0

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
 
     adapter = _adapter_folder(Path(options.adapter))
     name = options.model or base_name(adapter)
-    source = find(config.Model(name, options.revision, options.tokenizer, adapter=str(adapter)))
+    source = find(config.Model(name, revision=options.revision, tokenizer=options.tokenizer, adapter=str(adapter)))
     (_merge if options.merge else _write_adapter)(options, out, name, source)
 
 

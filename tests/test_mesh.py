@@ -73,9 +73,9 @@ def folder(tmp_path_factory):
     return save(llama(vocab_size=96, num_key_value_heads=4), tmp_path_factory.mktemp("llama"))
 
 
-def losses(folder, mesh):
+def losses(folder, mesh, dtype="float32"):
     """Of each of 200 steps of AdamW on changing batches, whose rows have different numbers of supervised tokens."""
-    loaded = load(folder, Lora(rank=4, dropout=0.0), mesh=mesh)
+    loaded = load(folder, Lora(rank=4, dropout=0.0), mesh=mesh, dtype=dtype)
     settings = Optim(learning_rate=3e-3, warmup=10, clip=1.0)
     optimizer = optim.optimizer(settings, STEPS, loaded.rows)
     step, state = make_train_step(loaded, optimizer, mesh), initial_state(loaded, optimizer, mesh)
@@ -104,3 +104,12 @@ def test_losses_of_two_hundred_steps_are_those_of_one_device(name, folder, on_on
     found = losses(folder, make_mesh(config.Mesh(**({"data": 1, "fsdp": 1} | MESHES[name]))))
     assert on_one_device[-20:].mean() < on_one_device[:20].mean() - 0.5  # something was learnt
     np.testing.assert_allclose(found, on_one_device, rtol=1e-5)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["8 fsdp", "2 fsdp x 4 tensor"])
+def test_in_bfloat16_they_are_within_a_hundredth(name, folder):
+    alone = losses(folder, make_mesh(devices=jax.devices()[:1]), "bfloat16")
+    found = losses(folder, make_mesh(config.Mesh(**({"data": 1, "fsdp": 1} | MESHES[name]))), "bfloat16")
+    assert alone[-20:].mean() < alone[:20].mean() - 0.5
+    np.testing.assert_allclose(found, alone, rtol=1e-2)

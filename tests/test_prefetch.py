@@ -140,6 +140,9 @@ class Stub:
     def check(self):
         pass
 
+    def sync(self):
+        pass
+
 
 def loop(stub, loader, steps, **evaluation):
     settings = Config(run=config.Run(log_every=10), eval=config.Eval(**evaluation))

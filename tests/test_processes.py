@@ -10,6 +10,7 @@ import time
 
 import pytest
 from launched import HERE, free_port
+from marked import slow
 
 from jaxft import config
 from jaxft.parallel.meeting import Place, Told, find_place, meet, readable
@@ -136,7 +137,7 @@ def test_what_process_0_says_in_one_breath_with_its_go_is_not_lost():
     assert found[1:] == [7]
 
 
-@pytest.mark.parametrize(("dead", "how"), [(0, "died"), (1, "died"), (1, "stopped")])
+@pytest.mark.parametrize(("dead", "how"), [slow(0, "died"), (1, "died"), slow(1, "stopped")])
 def test_when_one_dies_or_stops_the_others_end_with_a_line_that_names_it(dead, how):
     with Members(3) as members:
         members.met()

@@ -10,6 +10,7 @@ import optax
 import pytest
 import torch
 from checkpoints import llama, load, reload, save, tokens, with_random_b
+from marked import slow
 
 from jaxft import config
 from jaxft.config import Lora, Optim
@@ -138,7 +139,9 @@ def test_eight_micro_batches_of_one_row_equal_one_batch_of_eight(folder, plain):
     assert_same_run(Run(folder, parts=8), plain)
 
 
-@pytest.mark.parametrize("mesh", [{}, {"data": 2, "tensor": 2}], ids=["fsdp=8", "data=2, fsdp=2, tensor=2"])
+@pytest.mark.parametrize(
+    "mesh", [slow({}, id="fsdp=8"), pytest.param({"data": 2, "tensor": 2}, id="data=2, fsdp=2, tensor=2")]
+)
 def test_one_device_equals_eight(mesh, folder, plain):
     spread = Run(folder, mesh=make_mesh(config.Mesh(**mesh)))
     state = assert_same_run(spread, plain)
