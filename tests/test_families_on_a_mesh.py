@@ -6,7 +6,7 @@ import openelm
 import optax
 import pytest
 from checkpoints import load, save, tiny, tokens, with_random_b
-from marked import exhaustive, slow
+from marked import exhaustive
 
 from jaxft import config
 from jaxft.config import Lora
@@ -31,7 +31,9 @@ def two_steps(folder, mesh, embedding):
     return float(metrics["nll"]), float(metrics["grad_norm"])
 
 
-@pytest.mark.parametrize("family", [slow("gemma2"), exhaustive("gemma"), exhaustive("qwen2"), exhaustive("qwen3")])
+@pytest.mark.parametrize(
+    "family", [exhaustive("gemma2"), exhaustive("gemma"), exhaustive("qwen2"), exhaustive("qwen3")]
+)
 def test_eight_devices_equal_one(family, tmp_path):
     folder = save(tiny(family, vocab_size=96, num_key_value_heads=2), tmp_path)
     one = two_steps(folder, make_mesh(devices=jax.devices()[:1]), "embed_tokens")

@@ -234,7 +234,7 @@ def test_a_run_in_bfloat16_resumes_bit_for_bit_and_leaves_what_it_measured(state
     assert min(told) == pytest.approx(next(r["eval_loss"] for r in lines(again) if "eval_loss" in r), rel=1e-6)
 
 
-@pytest.mark.slow  # three runs
+@pytest.mark.exhaustive  # three runs
 def test_training_in_bfloat16_ends_as_in_float32_where_rounding_to_the_nearest_stands_still(
     one_device, tmp_path, monkeypatch
 ):

@@ -87,7 +87,7 @@ def test_a_ratio_of_one_is_plain_adamw(base):
         np.testing.assert_allclose(faster[path], times * plain[path], rtol=1e-6)
 
 
-@pytest.mark.slow  # two starts
+@pytest.mark.exhaustive  # two starts
 def test_the_learning_rate_logged_is_that_of_a(tmp_path):
     plain, faster = (
         lines(start(tmp_path / name, "--optim.max_steps", "8", "--optim.loraplus_lr_ratio", name)) for name in "14"

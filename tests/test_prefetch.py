@@ -171,7 +171,7 @@ def test_the_share_of_waiting_is_of_the_steps_since_the_last_line_whenever_evalu
     assert all(0 < record["data_wait"] <= 1 for record in stub.records)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_trains_on_unpacked_batches_of_several_lengths(tmp_path, monkeypatch):
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first)

@@ -257,7 +257,7 @@ RUN = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_on_codes_resumes_bit_for_bit_and_its_adapter_is_pefts(tmp_path, capsys):
     """Merged, it goes into the weights as they are stored, and says so."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

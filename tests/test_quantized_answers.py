@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from checkpoints import load, reload, save
 from evaluated import TINY, adapted, evaluated, with_tokenizer, written
+from marked import exhaustive, slow
 from test_quantize import SCHEMES, with_decoded
 
 import jaxft
@@ -27,8 +28,7 @@ def options(settings):
     return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not True]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["int8", "nf4, double"])
+@pytest.mark.parametrize("scheme", [slow("int8"), exhaustive("nf4, double")])
 def test_answers_and_scores_are_those_of_the_decoded_weights(scheme, tmp_path, capsys):
     settings = SCHEMES[scheme]
     base = decoded(settings, tmp_path / "decoded")

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from launched import on_one_device
 from test_disk import names, small_disk  # noqa: F401
 from test_train import SHORT
 
@@ -19,7 +20,7 @@ TRAIN = [sys.executable, "-m", "jaxft.train", "--config", "tiny_cpu.py", *SHORT]
 
 def start(folder, *more):
     """A training run in a process of its own."""
-    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": on_one_device()}
     return subprocess.Popen([*TRAIN, "--run.dir", str(folder), *more], **piped)
 
 

@@ -125,8 +125,7 @@ def test_a_run_saved_on_some_processes_and_resumed_on_others_is_the_uninterrupte
     same_files(four, run.folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [exhaustive(0), slow(1)])
 def test_when_one_of_two_stops_the_other_ends_with_a_line_that_names_it(tmp_path, stopped):
     with Run(tmp_path / "run", 2, 1, "--optim.max_steps", "4000", "--eval.every_steps", "1000") as run:
         run.until(logged(run.folder, 8), what="step 8")
@@ -169,7 +168,7 @@ def test_when_one_hangs_in_its_data_both_end_and_the_stacks_show_where(tmp_path)
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_weight_trained_on_two_processes_is_the_model_of_one(tmp_path):
     more = ["--lora", "none", "--optim.learning_rate", "1e-3"]
     with Run(tmp_path / "one", 1, 2, *more) as one, Run(tmp_path / "two", 2, 1, *more) as two:

@@ -1,7 +1,6 @@
 """The train verb as a whole, on a random start of the embedded base, so that nothing but the code is needed."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from launched import TIMES, lines
+from launched import TIMES, lines, on_one_device
 
 import jaxft
 from jaxft import train
@@ -135,6 +134,7 @@ def traced(folder):
 
 TRACED = """
 import sys
+sys.path.insert(0, "tests")
 import pytest
 from jaxft.learn.loop import Loop
 from tests.test_train import start, stopping_at
@@ -150,17 +150,16 @@ start(sys.argv[1], *ends)  # goes on from step 5
 @pytest.mark.slow  # two starts in a new process
 def test_chosen_steps_are_traced_for_tensorboard_in_every_start_that_runs_them(tmp_path):
     """In a process of its own: JAX's profiler crashes where libtpu was loaded to compile for a TPU that is not there."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     root = Path(__file__).parents[1]
     ran = subprocess.run(
-        [sys.executable, "-c", TRACED, tmp_path], env=environment, cwd=root, capture_output=True, text=True
+        [sys.executable, "-c", TRACED, tmp_path], env=on_one_device(), cwd=root, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
     assert re.findall(r"traced steps (\d+) to (\d+): ", ran.stdout) == [("7", "7"), ("7", "8")]
     assert traced(tmp_path) == [[7], [7, 8]]
 
 
-@pytest.mark.slow  # test_families_on_a_mesh and test_step hold eight devices against one in less time
+@pytest.mark.exhaustive  # test_families_on_a_mesh and test_step hold eight devices against one in less time
 def test_eight_devices_log_the_losses_of_one(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", jax.local_devices)
     start(tmp_path, "--mesh.data", "4", "--mesh.fsdp", "2", "--optim.max_steps", "20")

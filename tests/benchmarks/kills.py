@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxft.weights import manifest
-from tests.launched import lines
+from tests.launched import lines, on_one_device
 
 EVERY = 4
 TRAIN = [
@@ -104,7 +104,8 @@ class Run:
         """Exit code and what was printed, of a start that kills itself at a point or is killed after so many seconds."""
         name, what, times, when = POINTS[point] if point else ("", "", 0, "")
         command = [sys.executable, "-c", DYING, name, what, str(times), when, *TRAIN, "--run.dir", str(self.folder)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=on_one_device(), **piped) as process:
             try:
                 out, said = process.communicate(timeout=seconds)
             except subprocess.TimeoutExpired:
