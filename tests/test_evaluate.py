@@ -399,7 +399,7 @@ def test_a_mistake_is_one_line(words, said, files, adapter, task_files, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_runs_own_rows_settings_and_training_rows_are_found_in_its_folder(tmp_path):
     from jaxft.train import run
 

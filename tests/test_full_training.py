@@ -192,7 +192,7 @@ def one_device():
         yield
 
 
-@pytest.mark.slow  # three starts
+@pytest.mark.exhaustive  # three starts
 def test_a_run_in_bfloat16_resumes_bit_for_bit_and_leaves_what_it_measured(states, one_device, tmp_path, monkeypatch):  # noqa: F811
     """What is exported is what was trained: the shipped base is in bfloat16."""
     more = (

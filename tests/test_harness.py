@@ -100,7 +100,7 @@ def test_the_model_is_known_to_the_harness_by_name(tasks):
     assert found["results"]["texts"]["sample_len"] == 2
 
 
-@pytest.mark.slow  # test_generation holds the same of the Generator
+@pytest.mark.exhaustive  # test_generation holds the same of the Generator
 def test_sampled_answers_do_not_depend_on_the_batch_and_repeats_differ():
     from lm_eval.api.instance import Instance
 
