@@ -34,9 +34,10 @@ def load(
     from jaxft.data.chat import load_tokenizer
     from jaxft.weights.model import load_decoder
 
-    held = {"quantize": quantize, "quantize_group": quantize_group, "quantize_double": quantize_double}
-    held |= {"quantize_tables": quantize_tables}
-    model, folder = load_decoder(name_or_folder, dtype, adapter, tokenizer=tokenizer, **held)
+    model, folder = load_decoder(
+        name_or_folder, dtype, adapter, tokenizer=tokenizer, quantize=quantize, quantize_group=quantize_group,
+        quantize_double=quantize_double, quantize_tables=quantize_tables,
+    )  # fmt: skip
     return model, load_tokenizer(folder)
 
 

@@ -189,13 +189,8 @@ def _open_locked(file: Path, what: str) -> int | None:
 
 def _saying_who(handle: int, file: Path) -> Iterator[None]:
     try:
-        about = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
         os.ftruncate(handle, 0)
-        os.write(handle, json.dumps(about).encode())
+        os.write(handle, json.dumps(this_process()).encode())
         yield None
     finally:
         with contextlib.suppress(OSError):
@@ -216,6 +211,17 @@ def _holder(file: Path) -> str:
         about = json.loads(file.read_text())
     if not isinstance(about, dict):
         return "another process"
+    return named(about)
+
+
+def this_process() -> dict[str, Any]:
+    """What one who holds a folder says of itself: pid, host, and since when."""
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+
+
+def named(about: Mapping[str, Any]) -> str:
+    """In words, what `this_process` said somewhere."""
     return f"process {about.get('pid')} on {about.get('host')} since {about.get('since')}"
 
 

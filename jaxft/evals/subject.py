@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from jaxft.models.decoder import Decoder
 from jaxft.models.tensors import count_parameters
 from jaxft.parallel.mesh import make_mesh
 from jaxft.weights import load
+from jaxft.weights.digests import sha256
 from jaxft.weights.model import Loaded, Source, find, held_as, materialise
 
 BASE, TUNED = "base", "tuned"
@@ -104,4 +104,4 @@ def _origin(source: Source, model: config.Model, loaded: Loaded) -> dict[str, An
 
 
 def _sha256(file: Path) -> str | None:
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    return sha256(file) if file.is_file() else None

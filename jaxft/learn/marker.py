@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from jaxft.disk import LOCK
+from jaxft.disk import LOCK, named, this_process
 from jaxft.errors import EXIT_AGAIN, EXIT_USER, UserError
 
 REQUEST_SECONDS = 20.0
@@ -48,8 +48,7 @@ class Holder:
     heard_seconds: float
 
     def __str__(self) -> str:
-        pid, host, since = (self.about.get(name) for name in ("pid", "host", "since"))
-        return f"process {pid} on {host} since {since}"
+        return named(self.about)
 
     @property
     def gone(self) -> bool:
@@ -128,13 +127,8 @@ class Marker:
 
     def __init__(self, blobs: Callable[[], Any], what: str, times: Times):
         self._blobs, self._what, self._times = blobs, what, times
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        self._about = {
-            "pid": str(os.getpid()),
-            "host": socket.gethostname(),
-            "since": since,
-            "key": os.urandom(8).hex(),
-        }
+        # An object's metadata are texts.
+        self._about = {name: str(value) for name, value in this_process().items()} | {"key": os.urandom(8).hex()}
         self._generation = 0
 
     def take(self, say: Callable[[str], None]) -> None:

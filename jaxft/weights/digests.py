@@ -16,6 +16,12 @@ from jaxft.errors import UserError
 SHA256 = re.compile("[0-9a-f]{64}")
 
 
+def sha256(file: Path) -> str:
+    """Of a file's content, read piece by piece."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def verify(files: Iterable[Path]) -> int:
     """The number of files, all as the Hub names them. Raises UserError for one that differs, or whose digest is not known."""
     count = 0
@@ -26,8 +32,7 @@ def verify(files: Iterable[Path]) -> int:
                 f"model.verify: {file}: no SHA-256 of it is known here, only of files in the Hub's cache; "
                 "give model.name as a Hub id, or leave model.verify out"
             )
-        with blob.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = sha256(blob)
         if found != blob.name:
             raise UserError(
                 f"{file}: its SHA-256 is {found}, the Hub's is {blob.name}: it is damaged; remove {blob} and run the same "

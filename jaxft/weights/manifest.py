@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxft.weights.digests import sha256
+
 NAME = "manifest.json"
 # Orbax writes these two after everything else, and so after the manifest: of the first only the time changes, and the
 # second is read nowhere but in object storage, where it stands for the renaming.
@@ -87,9 +89,7 @@ def _state(file: Any) -> list[Any]:
     """[bytes, sha256]. Objects in a storage service change as a whole or not at all, and it checks them: their size will do."""
     if not isinstance(file, Path):
         return [file.stat().length, None]
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return [os.fstat(stream.fileno()).st_size, digest]
+    return [file.stat().st_size, sha256(file)]
 
 
 def _fault(folder: Any, name: str, wanted: list[Any]) -> str | None:

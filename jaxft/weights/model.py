@@ -237,9 +237,12 @@ def load_decoder(
 ) -> tuple[Any, Path]:
     """A callable decoder, and the folder of its tokenizer: the one named, the adapter's where it brings one, the model's."""
     named = None if adapter is None else str(adapter)
-    held = {"quantize": quantize, "quantize_group": quantize_group, "quantize_double": quantize_double}
-    about = {"name": str(name), "tokenizer": tokenizer, "dtype": dtype, "adapter": named}
-    source = find(config.Model(**about, **held, quantize_tables=quantize_tables))
+    source = find(
+        config.Model(
+            name=str(name), tokenizer=tokenizer, dtype=dtype, adapter=named, quantize=quantize,
+            quantize_group=quantize_group, quantize_double=quantize_double, quantize_tables=quantize_tables,
+        )
+    )  # fmt: skip
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     loaded = materialise(source, mesh)
     return loaded.decoder(), source.tokenizer if tokenizer else source.tokenizer_beside_adapter
