@@ -55,7 +55,7 @@ def drawn(shape, dtype=torch.float32, seed=0):
 def coded(scheme, weights):
     """Codes in the order of the file `[out,in]`, and what they decode to."""
     found = scheme.encode(jnp.asarray(weights.float().numpy()))
-    values = np.concatenate(scheme.values(found["codes"])).reshape(-1, weights.shape[0]).T
+    values = np.asarray(scheme.values(found["codes"])).reshape(-1, weights.shape[0]).T
     codes = np.searchsorted(np.array(NF4, np.float32), values) if scheme.name == "nf4" else values
     dtype = jnp.bfloat16 if weights.dtype == torch.bfloat16 else jnp.float32
     return codes, np.asarray(scheme.decode(found["codes"], found, dtype).T.astype(jnp.float32)), found

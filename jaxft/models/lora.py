@@ -141,10 +141,10 @@ def gathered_pairs(state: nnx.State, dtype: Any, mesh: Mesh | None) -> nnx.State
     """`state` with every A and B whole over fsdp and in `dtype`, the activations'.
 
     Gathered once before the scan, they are a few megabytes; in each of its turns they would be a dozen small transfers, and
-    the partitioner would rather move activations. DoRA's stay as they are: it takes lengths of them in float32.
+    the partitioner would rather move activations. On one device too they are narrowed here, as a TPU's compiler would do by
+    itself: their gradients are then stacked in `dtype`, not in float32. DoRA's stay as they are: it takes lengths of them in
+    float32.
     """
-    if mesh is None or mesh.size == 1:
-        return state
     flat = dict(nnx.to_flat_state(state))
     for path, variable in flat.items():
         if isinstance(variable, LoraParam) and (*path[:-1], "magnitude") not in flat:
@@ -188,7 +188,8 @@ def _dropped_backward(rate: float, kept: Any, g: jax.Array) -> tuple[jax.Array, 
     dropped, a, seed = kept
     g = ops.apart(g)
     of_a = jax.lax.dot_general(g, dropped, (((0, 1), (0, 1)), ((), ()))).T
-    of_x = ops.apart(jax.lax.dot_general(g, a, (((2,), (1,)), ((), ()))))
+    # Both at once, so that what was dropped is not held until somebody wants A's gradient.
+    of_x, of_a = ops.apart((jax.lax.dot_general(g, a, (((2,), (1,)), ((), ()))), of_a))
     return of_x if seed is None else ops.dropout(of_x, rate, seed), of_a, None
 
 
@@ -259,11 +260,11 @@ def _coded(
     scheme: Scheme, paths: tuple[str, ...], shape: tuple[int, int], axes: tuple[str, str]
 ) -> tuple[Codes, dict[str, Scale]]:
     """The codes `[L,groups,inputs,out]` of L quantised matrices, and their scales by name."""
-    shapes, scales = scheme.codes(shape), scheme.scales(shape)
+    (coded, dtype), scales = scheme.codes(shape), scheme.scales(shape)
     inputs = None if axes[0] == "embed" else axes[0]  # fsdp splits outputs, whose number no group has to divide
-    along = ("layers", *((inputs, None) if shapes[0] > 1 else (None, inputs)), _spread(axes[1]))
+    along = ("layers", *((inputs, None) if coded[0] > 1 else (None, inputs)), _spread(axes[1]))
     L, about = len(paths), {"names": _names(paths, "weight"), "saved": None}
-    codes = Codes(jnp.zeros((L, *shapes), scheme.dtype), axes=along, transposed=True, scheme=scheme, **about)
+    codes = Codes(jnp.zeros((L, *coded), dtype), axes=along, transposed=True, scheme=scheme, **about)
     split = {1: ("layers", None), 2: (*along[:2], along[3])}
     return codes, {
         name: Scale(jnp.zeros((L, *of), dtype), axes=split[len(of)], transposed=False, **about)

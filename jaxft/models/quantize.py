@@ -1,9 +1,9 @@
 """Frozen weights in eight or four bits: how a matrix is coded, and what the model computes with instead.
 
 A coded matrix is `codes` `[groups,inputs of a group,out]`, so that inputs that share a scale lie across a TPU's lanes and
-nothing has to be moved about to decode it, and a few arrays of scales beside it. Of four-bit codes an input and that half of
-all inputs further on share a byte, and each half is multiplied by itself: JAX's own four-bit arrays cannot go into a program
-that was compiled ahead of time for a CPU (0.10.2). All functions here take one matrix at a time.
+nothing has to be moved about to decode it, and a few arrays of scales beside it. Eight four-bit codes share a 32-bit word, a
+TPU's own (bytes would have to be widened, and JAX's four-bit arrays cannot go into a program that was compiled ahead of time
+for a CPU, 0.10.2). All functions here take one matrix at a time.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ NF4 = (
 BLOCK = 64  # weights that share a scale of nf4, in the order of the file
 DOUBLE_BLOCK = 256  # such scales that share one of their own
 MIDDLE = 8  # of int4's codes, which are 1 to 15
+WORDS = {8: jnp.int32, 4: jnp.int16, 2: jnp.uint8}  # how many four-bit codes share one
+SHIFTS = np.arange(0, 32, 4, dtype=np.int32)  # of the codes in a word
 TINY = np.float32(1e-38)  # instead of the scale of a block of zeros
 
 
@@ -41,29 +43,31 @@ class Scheme:
     group: int = BLOCK
     double: bool = False
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Of the codes."""
-        return jnp.dtype(jnp.int8 if self.name == "int8" else jnp.uint8)
-
-    @property
-    def packed(self) -> int:
-        """Inputs that share a byte."""
-        return 1 if self.name == "int8" else 2
-
     def groups(self, shape: tuple[int, int]) -> tuple[int, int, int]:
         """`(groups, inputs of a group, out)` of weights `[in,out]` = `shape`; one group where scales do not go by groups of
         inputs. Raises UserError for a group that does not divide the inputs."""
         n_in, n_out = shape
         size = {"int8": n_in, "int4": self.group, "nf4": BLOCK if n_in % BLOCK == 0 else n_in}[self.name]
-        if n_in % size or size % self.packed:
-            raise UserError(f"{n_in} inputs are not a multiple of {max(size % n_in, self.packed)}")
+        least = 1 if self.name == "int8" else min(WORDS)
+        if n_in % size or size % least:
+            raise UserError(f"{n_in} inputs are not a multiple of {max(size % n_in, least)}")
         return n_in // size, size, n_out
 
-    def codes(self, shape: tuple[int, int]) -> tuple[int, int, int]:
-        """Shape of the codes of weights `[in,out]` = `shape`, as they are packed. Raises UserError as `groups` does."""
+    def codes(self, shape: tuple[int, int]) -> tuple[tuple[int, int, int], jnp.dtype]:
+        """Shape and dtype of the codes of weights `[in,out]` = `shape`, as they are packed. Raises UserError as `groups`."""
         groups, size, n_out = self.groups(shape)
-        return groups, size // self.packed, n_out
+        if self.name == "int8":
+            return (groups, size, n_out), jnp.dtype(jnp.int8)
+        packed = next(packed for packed in WORDS if size % packed == 0)
+        return (groups, size // packed, n_out), jnp.dtype(WORDS[packed])
+
+    def packed(self, dtype: jnp.dtype) -> int:
+        """How many inputs share an element of codes of this dtype."""
+        return 1 if self.name == "int8" else 2 * jnp.dtype(dtype).itemsize
+
+    def shape(self, codes: tuple[int, ...], dtype: jnp.dtype) -> tuple[int, int]:
+        """`[in,out]` of the weights whose codes are of that shape, `[…,groups,inputs of a group,out]`, and dtype."""
+        return math.prod(codes[-3:-1]) * self.packed(dtype), codes[-1]
 
     def scales(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
         """Name -> shape and dtype of what lies beside the codes of weights `[in,out]` = `shape`: a scale `[groups,out]`, or
@@ -92,7 +96,7 @@ class Scheme:
             return self._encode_nf4(weights, parts.shape)
         scale = jnp.maximum(jnp.max(jnp.abs(parts), axis=1), TINY) / (127 if self.name == "int8" else MIDDLE - 1)
         codes = jnp.round(parts / scale[:, None, :])
-        codes = codes.astype(self.dtype) if self.name == "int8" else _packed(codes.astype(jnp.int32) + MIDDLE)
+        codes = codes.astype(jnp.int8) if self.name == "int8" else _packed(codes.astype(jnp.int32) + MIDDLE)
         return {"codes": codes, "scale": scale}
 
     def _encode_nf4(self, weights: jax.Array, shape: tuple[int, ...]) -> dict[str, jax.Array]:
@@ -110,30 +114,34 @@ class Scheme:
             "scale_offset": offset[None],
         }
 
-    def decode(self, codes: jax.Array, scales: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
-        """The weights `[in,out]` that the codes stand for, in `dtype`; products in float32, as bitsandbytes has them."""
-        return jnp.concatenate(self.decoded(codes, scales, dtype))
+    def decode(
+        self, codes: jax.Array, scales: Mapping[str, jax.Array], dtype: jnp.dtype, shifts: jax.Array | None = None
+    ) -> jax.Array:
+        """The weights `[in,out]` that the codes stand for, in `dtype`; products in float32, as bitsandbytes has them.
 
-    def decoded(self, codes: jax.Array, scales: Mapping[str, jax.Array], dtype: jnp.dtype) -> list[jax.Array]:
-        """The same in as many parts of the inputs as share a byte."""
-        groups, size, n_out = codes.shape
-        n_in = groups * size * self.packed
-        scale = self._scale(scales, (n_out, n_in))
+        `shifts` may be SHIFTS as an array of this matrix alone: a compiler makes one loop of what reads the same array, and
+        matrices that are decoded in one loop are all held at once.
+        """
+        values = self.values(codes, SHIFTS if shifts is None else shifts)
+        groups, parts, rows, n_out = values.shape
+        size = parts * rows
+        scale = self._scale(scales, (n_out, groups * size))
         if scale.ndim == 2:
-            wide = jnp.repeat(scale, self.packed, axis=0)[:, None, :]
+            wide = scale[:, None, None, :]
         else:
-            blocks = jnp.broadcast_to(scale[:, None], (scale.shape[0], BLOCK)).reshape(-1)[: n_in * n_out]
-            wide = blocks.reshape(n_out, n_in).T.reshape(self.packed, size, n_out)
-        parts = zip(self.values(codes), jnp.split(wide, self.packed))
-        return [(values * part).astype(dtype).reshape(-1, n_out) for values, part in parts]
+            blocks = jnp.broadcast_to(scale[:, None], (scale.shape[0], BLOCK)).reshape(-1)[: size * n_out]
+            wide = blocks.reshape(n_out, size).T.reshape(values.shape)
+        return (values * wide).astype(dtype).reshape(-1, n_out)
 
-    def values(self, codes: jax.Array) -> list[jax.Array]:
-        """What the codes stand for before they are scaled, float32 and in the shape of the codes, in parts as `decoded`."""
+    def values(self, codes: jax.Array, shifts: jax.Array | np.ndarray = SHIFTS) -> jax.Array:
+        """What the codes stand for before they are scaled, float32 `[groups,parts,inputs of a part,out]`: in their order.
+
+        All parts are shifted out by one operation, so that the compiler has one loop to make of a matrix.
+        """
         if self.name == "int8":
-            return [codes.astype(jnp.float32)]
-        index = codes.astype(jnp.int32)
-        halves = index & 15, index >> 4
-        return [_looked_up(half) if self.name == "nf4" else (half - MIDDLE).astype(jnp.float32) for half in halves]
+            return codes.astype(jnp.float32)[:, None]
+        index = (codes.astype(jnp.int32)[:, None] >> shifts[None, : self.packed(codes.dtype), None, None]) & 15
+        return _looked_up(index) if self.name == "nf4" else (index - MIDDLE).astype(jnp.float32)
 
     def _scale(self, scales: Mapping[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
         scale = scales["scale"]
@@ -145,10 +153,12 @@ class Scheme:
 
 
 def _packed(codes: jax.Array) -> jax.Array:
-    """Codes 0 to 15 `[groups,size,out]` as bytes `[groups,size / 2,out]`: the first half of all inputs below the second."""
+    """int32 codes 0 to 15 `[groups,size,out]` as words `[groups,size / 8,out]`, or shorter ones where 8 does not divide the
+    size: a group's first inputs in the lowest four bits, the next as many above."""
     groups, size, n_out = codes.shape
-    first, second = codes.astype(jnp.uint8).reshape(2, groups, size // 2, n_out)
-    return first | (second << 4)
+    packed = next(packed for packed in WORDS if size % packed == 0)
+    parts = codes.reshape(groups, packed, size // packed, n_out) << SHIFTS[None, :packed, None, None]
+    return functools.reduce(jnp.bitwise_or, (parts[:, i] for i in range(packed))).astype(WORDS[packed])
 
 
 def _by_output(scale: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -176,15 +186,19 @@ def product(scheme: Scheme, x: jax.Array, codes: jax.Array, scales: Mapping[str,
 
 def _product(scheme: Scheme, x: jax.Array, codes: jax.Array, scales: Mapping[str, jax.Array]) -> jax.Array:
     if scheme.name != "int8":
-        x, scales = jax.lax.optimization_barrier((x, scales))
-        parts = zip(jnp.split(x, scheme.packed, axis=2), scheme.decoded(codes, scales, x.dtype))
-        return sum(_multiplied("BSi,io->BSo", *part) for part in parts).astype(x.dtype)
+        x, weights = _decoded_for(scheme, x, codes, scales)
+        return jnp.einsum("BSi,io->BSo", x, weights)
     # A scale per output is for what comes out, in float32; codes up to 127 are exact in bfloat16.
-    return (_multiplied("BSi,io->BSo", x, codes[0].astype(x.dtype)) * scales["scale"][None]).astype(x.dtype)
+    made = jnp.einsum("BSi,io->BSo", x, codes[0].astype(x.dtype), preferred_element_type=jnp.float32)
+    return (made * scales["scale"][None]).astype(x.dtype)
 
 
-def _multiplied(formula: str, x: jax.Array, weights: jax.Array) -> jax.Array:
-    return jnp.einsum(formula, x, weights, preferred_element_type=jnp.float32)
+def _decoded_for(
+    scheme: Scheme, x: jax.Array, codes: jax.Array, scales: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """x, and the weights in its dtype, decoded no sooner than x is there."""
+    x, scales, shifts = jax.lax.optimization_barrier((x, scales, jnp.asarray(SHIFTS)))
+    return x, scheme.decode(codes, scales, x.dtype, shifts)
 
 
 def _forward(
@@ -196,9 +210,8 @@ def _forward(
 def _backward(scheme: Scheme, kept: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
     codes, scales = kept
     if scheme.name != "int8":
-        g, scales = jax.lax.optimization_barrier((g, scales))
-        parts = [jnp.einsum("BSo,io->BSi", g, part) for part in scheme.decoded(codes, scales, g.dtype)]
-        return jnp.concatenate(parts, axis=2), None, None
+        g, weights = _decoded_for(scheme, g, codes, scales)
+        return jnp.einsum("BSo,io->BSi", g, weights), None, None
     scaled = (g.astype(jnp.float32) * scales["scale"][None]).astype(g.dtype)
     return jnp.einsum("BSo,io->BSi", scaled, codes[0].astype(g.dtype)), None, None
 

@@ -58,7 +58,7 @@ class Tensor:
     def hub_shape(self) -> tuple[int, ...]:
         """Shape of each named tensor in the file."""
         if self.scheme is not None and self.stacked:
-            return self.shape[-1], math.prod(self.shape[1:-1]) * self.scheme.packed
+            return self.scheme.shape(self.shape, self.dtype)[::-1]
         shape = self.shape[1:] if self.stacked else self.shape
         return shape[::-1] if self.transposed else shape
 

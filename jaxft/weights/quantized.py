@@ -88,8 +88,8 @@ def kernel(arrays: Mapping[str, jax.Array], module: str, scheme: Scheme | None) 
     if scheme is None:
         return arrays[f"{module}.kernel"]
     codes = arrays[f"{module}.codes"]
-    shape = codes.shape[1] * codes.shape[2] * scheme.packed, codes.shape[3]
-    scales = {name: arrays[f"{module}.scales.{name}"] for name in scheme.scales(shape)}
+    names = scheme.scales(scheme.shape(codes.shape, codes.dtype))
+    scales = {name: arrays[f"{module}.scales.{name}"] for name in names}
     decode = jax.vmap(lambda codes, scales: scheme.decode(codes, scales, jnp.float32).T)
     return jax.jit(decode)(codes, scales)
 
