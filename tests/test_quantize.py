@@ -31,7 +31,12 @@ from jaxft.weights.model import find
 
 BASE = Path(jaxft.tiny.__file__).parent / "base"
 IDS = tokens(8, 24, vocab=96)
-SHAPES = {"whole rows of blocks": (96, 128), "blocks over the ends of rows": (64, 172), "a last block cut": (33, 100)}
+SHAPES = {
+    "whole rows of blocks": (96, 128),
+    "blocks over the ends of rows, four codes a word": (64, 172),
+    "a last block cut": (33, 100),
+    "two codes a word": (32, 70),
+}
 SCHEMES = {
     "int8": {"quantize": "int8"},
     "int4": {"quantize": "int4", "quantize_group": 32},
@@ -58,6 +63,8 @@ def coded(scheme, weights):
     values = np.asarray(scheme.values(found["codes"])).reshape(-1, weights.shape[0]).T
     codes = np.searchsorted(np.array(NF4, np.float32), values) if scheme.name == "nf4" else values
     dtype = jnp.bfloat16 if weights.dtype == torch.bfloat16 else jnp.float32
+    assert found["codes"].nbytes * 8 == weights.numel() * (8 if scheme.name == "int8" else 4)
+    assert scheme.shape(found["codes"].shape, found["codes"].dtype) == weights.shape[::-1]
     return codes, np.asarray(scheme.decode(found["codes"], found, dtype).T.astype(jnp.float32)), found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 
 import jax
@@ -192,3 +193,21 @@ def test_gemma_2_9b_trains_on_one_v5e_chip_with_a_quantised_base(base, policy, g
     assert sum(flops.of_step(found).values()) <= most * flops.ideal(arch, tokens)
     executable = found.step.lower(*found.inputs).compile()
     assert recompute.device_memory(executable) / 2**30 <= gib
+
+
+@pytest.mark.exhaustive
+def test_a_quantised_base_compiles_in_at_most_one_and_a_half_times_bfloat16s_seconds():
+    """User's CPU seconds, the least of two: `python -m tests.benchmarks.quantized --compile v5e-8`."""
+
+    def least(base):
+        spent = []
+        for _ in range(2):
+            _, found = traced("gemma2_9b.py", "dots", "v5e-8", 8, "--model.quantize", base)
+            began = os.times().user
+            found.step.lower(*found.inputs).compile()
+            spent.append(os.times().user - began)
+        return min(spent)
+
+    stored = least("none")
+    for base in ("int8", "int4", "nf4"):
+        assert least(base) <= 1.5 * stored, base

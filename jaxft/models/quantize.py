@@ -58,7 +58,7 @@ class Scheme:
         groups, size, n_out = self.groups(shape)
         if self.name == "int8":
             return (groups, size, n_out), jnp.dtype(jnp.int8)
-        packed = next(packed for packed in WORDS if size % packed == 0)
+        packed = _sharing(size)
         return (groups, size // packed, n_out), jnp.dtype(WORDS[packed])
 
     def packed(self, dtype: jnp.dtype) -> int:
@@ -115,14 +115,18 @@ class Scheme:
         }
 
     def decode(
-        self, codes: jax.Array, scales: Mapping[str, jax.Array], dtype: jnp.dtype, shifts: jax.Array | None = None
+        self,
+        codes: jax.Array,
+        scales: Mapping[str, jax.Array],
+        dtype: jnp.dtype,
+        shifts: jax.Array | np.ndarray = SHIFTS,
     ) -> jax.Array:
         """The weights `[in,out]` that the codes stand for, in `dtype`; products in float32, as bitsandbytes has them.
 
         `shifts` may be SHIFTS as an array of this matrix alone: a compiler makes one loop of what reads the same array, and
         matrices that are decoded in one loop are all held at once.
         """
-        values = self.values(codes, SHIFTS if shifts is None else shifts)
+        values = self.values(codes, shifts)
         groups, parts, rows, n_out = values.shape
         size = parts * rows
         scale = self._scale(scales, (n_out, groups * size))
@@ -152,11 +156,16 @@ class Scheme:
         return inner * _by_output(outer, shape) + scales["scale_offset"][0]
 
 
+def _sharing(size: int) -> int:
+    """How many codes of a group of `size` inputs share a word."""
+    return next(packed for packed in WORDS if size % packed == 0)
+
+
 def _packed(codes: jax.Array) -> jax.Array:
     """int32 codes 0 to 15 `[groups,size,out]` as words `[groups,size / 8,out]`, or shorter ones where 8 does not divide the
     size: a group's first inputs in the lowest four bits, the next as many above."""
     groups, size, n_out = codes.shape
-    packed = next(packed for packed in WORDS if size % packed == 0)
+    packed = _sharing(size)
     parts = codes.reshape(groups, packed, size // packed, n_out) << SHIFTS[None, :packed, None, None]
     return functools.reduce(jnp.bitwise_or, (parts[:, i] for i in range(packed))).astype(WORDS[packed])
 
