@@ -188,8 +188,7 @@ def _dropped_backward(rate: float, kept: Any, g: jax.Array) -> tuple[jax.Array, 
     dropped, a, seed = kept
     g = ops.apart(g)
     of_a = jax.lax.dot_general(g, dropped, (((0, 1), (0, 1)), ((), ()))).T
-    # Both at once, so that what was dropped is not held until somebody wants A's gradient.
-    of_x, of_a = ops.apart((jax.lax.dot_general(g, a, (((2,), (1,)), ((), ()))), of_a))
+    of_x = ops.apart(jax.lax.dot_general(g, a, (((2,), (1,)), ((), ()))))
     return of_x if seed is None else ops.dropout(of_x, rate, seed), of_a, None
 
 

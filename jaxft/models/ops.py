@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,8 +85,8 @@ def random_bits(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
     return _mixed(rows + _index(shape, len(shape) - 1) * np.uint32(0x9E3779B9))
 
 
-def apart(x: Any) -> Any:
-    """x as an array of its own on a TPU, fused into nothing that reads it; of several none is read before all are made."""
+def apart(x: jax.Array) -> jax.Array:
+    """x as an array of its own on a TPU, fused into nothing that reads it."""
     return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
