@@ -24,7 +24,9 @@ class Events:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}-{os.urandom(3).hex()}"
+        # TensorBoard reads files in the order of their names: those of one second too were begun one after the other.
+        second, rest = divmod(time.time_ns(), 10**9)
+        name = f"events.out.tfevents.{second:010d}.{rest:09d}.{socket.gethostname()}.{os.getpid()}"
         self._stream = (folder / name).open("xb", buffering=0)
         try:
             self._add(Event(file_version="brain.Event:2"))
